@@ -1,0 +1,266 @@
+"""Every setting of a run, as dataclasses, and the rules between them.
+
+Owns the schema that Hydra fills; the rules between the settings are in config_rules.py. Nothing here imports torch: a
+512-GPU configuration is checked on a laptop in milliseconds. Values are plain types; a docstring under each field
+gives its unit and meaning. Choices are strings checked against `CHOICES`, so that an error can name the nearest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+class ConfigError(ValueError):
+    """A user mistake in the configuration: names the key, the value, the rule and the mend."""
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the language model. Dimension letters as in the project's legend (B, T, D, H, K, V)."""
+
+    name: str = MISSING
+    """Label of this shape, e.g. `gated_deltanet_125m`; appears in run names and reports."""
+    backbone: str = MISSING
+    """Token mixer: `mamba2`, `gated_deltanet` or `attention` (the softmax baseline)."""
+    vocab_size: int = MISSING
+    """Rows of the embedding; at least the tokenizer's size."""
+    width: int = MISSING
+    """D, the model width."""
+    num_layers: int = MISSING
+    """Number of residual blocks (mixer + MLP)."""
+    num_heads: int = MISSING
+    """H: value heads of a recurrent mixer, query heads of attention."""
+    num_key_heads: int = MISSING
+    """Hk: key/query heads of gated_deltanet, B/C groups of mamba2, key/value heads of attention (GQA). Divides num_heads."""
+    key_dim: int = MISSING
+    """K per head: key size (mamba2: state size N; attention: head size)."""
+    value_dim: int = MISSING
+    """V per head: value size (mamba2: head size P; attention: must equal key_dim)."""
+    mlp_width: int = MISSING
+    """Inner width of the SwiGLU MLP; 0 leaves the MLP out."""
+    conv_width: int = 4
+    """Taps of the short causal convolution before a recurrent mixer; 0 leaves it out. Attention has none (must be 0)."""
+    rope_base: float = 500000.0
+    """Base of the rotary embedding of attention; recurrent mixers have no position code."""
+    tie_embeddings: bool = False
+    """Share the embedding and the output head."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation of matrices (see models/init.py for the whole table)."""
+
+
+@dataclass
+class MemoryConfig:
+    """The memory policy of a recurrent mixer: which states exist, which merge, how each is read (design: docs/dla.md)."""
+
+    policy: str = MISSING
+    """`single`, `log_linear`, `fixed`, `dla`, or `none` (softmax attention)."""
+    capacity: int = 30
+    """K: most slots a head keeps. `single` has 1; for `log_linear` it bounds the context at 2**(capacity - 1) tokens."""
+    tau: float = 0.6
+    """Drift threshold of a boundary, in [0.1, 1.3]; the initial value where tau is learned or controlled."""
+    tau_control: str = "fixed"
+    """`fixed`; `learned` (a bounded parameter per head); `rate` (per head, moved by the sign of the rate's error)."""
+    target_boundary_rate: float = 0.1
+    """Boundaries per token that `tau_control: rate` aims at, in (0, 1)."""
+    tau_step: float = 0.01
+    """How far `tau_control: rate` moves tau after an optimizer step."""
+    drift: str = "token"
+    """What a token is scored on: `token` (its own write) or `update` (the state after its write)."""
+    capacity_rule: str = "density"
+    """Which adjacent pair merges when the cache is full: `density`, `oldest` or `random`."""
+    interval_tokens: int = 64
+    """Tokens between boundaries of the `fixed` policy."""
+    levels: int = 15
+    """Read weights per head of `log_linear`; deeper levels use the last one. 15 covers 16K tokens."""
+    closed_slots: str = "transition"
+    """Whether closed slots keep decaying (`transition`) or keep the state of their end (`frozen`)."""
+    read: str = "content"
+    """Read weights: `unit` (1), `slot` (per recency rank or level), `content` (slot plus routing on slot keys)."""
+    routing: str = "qk"
+    """Content routing on q and k themselves (`qk`) or on projections of their own (`projected`)."""
+    routing_dim: int = 64
+    """Size of `routing: projected`."""
+    gain_init: float = 0.0
+    """Initial content gain per head; 0 starts as the slot form, exactly."""
+    sharpness_init: float = 8.0
+    """Initial sharpness (inverse temperature) of content routing per head."""
+    gate: str = "soft"
+    """Training gate of boundaries: `soft`, `hard` or `straight_through`. Inference is always hard."""
+    gate_temperature: float = 0.1
+    """Temperature of the gate at the first step, in units of drift."""
+    gate_temperature_final: float = 0.1
+    """Temperature at the last step; linear in between."""
+    chunk_tokens: int = 0
+    """C: tokens per chunk of the chunkwise form; 0 picks the backend's default."""
+    backend: str = "auto"
+    """Operations: `auto` (triton on CUDA, torch elsewhere), `torch` or `recurrent`."""
+
+
+@dataclass
+class DataConfig:
+    """Token files and how rows are cut from them."""
+
+    name: str = MISSING
+    """Label of the corpus."""
+    train: list[str] = MISSING
+    """Prefixes of Megatron `.bin/.idx` pairs to train on."""
+    validation: list[str] = field(default_factory=list)
+    """Prefixes of held-out pairs; empty turns validation off."""
+    tokenizer: str = MISSING
+    """sentencepiece `.model` file or a Hugging Face tokenizer folder; must match the files' manifest."""
+    context_tokens: int = MISSING
+    """T: tokens in a row."""
+    loader_workers: int = 0
+    """Threads that read ahead; any number gives the same batches."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, for matrices only (see optim.py for the groups)."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: str = "cosine"
+    """`cosine`, `wsd` (warm up, hold, decay) or `constant`, each after a linear warm-up."""
+    warmup_steps: int = 0
+    """Steps of the linear warm-up."""
+    decay_steps: int = 0
+    """Steps of the final decay of `wsd`."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    z_loss: float = 0.0
+    """Weight of the square of the log-partition of the head (PaLM); 0 turns it off."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = MISSING
+    """Optimizer steps of the whole run; the schedules end here."""
+    stop_at_step: int | None = None
+    """Stop early after this step, with a checkpoint; the schedules still end at `steps`."""
+    global_batch_rows: int = MISSING
+    """Rows (of context_tokens) in one optimizer step, over all ranks."""
+    micro_batch_rows: int = MISSING
+    """Rows one rank takes through the model at once; the rest is gradient accumulation."""
+    dtype: str = "float32"
+    """Compute type of matrix products: `float32` or `bfloat16`; parameters, states and decisions stay float32."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    recompute: bool = False
+    """Recompute each block in backward instead of keeping its activations; memory plans are kept, never re-decided."""
+    validation_interval_steps: int = 0
+    """Steps between validations; 0 validates at the end only."""
+    validation_batches: int = 0
+    """Global batches of one validation; 0 turns validation off."""
+
+
+@dataclass
+class ParallelConfig:
+    """How a run spreads over ranks. Data parallel is world size / tensor."""
+
+    tensor: int = 1
+    """Ranks that share one copy of the model by heads."""
+    backend: str = "auto"
+    """Process group: `auto` (nccl on CUDA, gloo elsewhere), `gloo` or `nccl`."""
+    timeout_minutes: float = 10.0
+    """Longest wait in a collective."""
+
+
+@dataclass
+class EngineConfig:
+    """Who owns backward and step."""
+
+    name: str = MISSING
+    """`local` (plain PyTorch) or `deepspeed`."""
+    zero_stage: int = 0
+    """ZeRO stage of deepspeed, 0 to 3; the local engine has 0 only."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, what to keep, whether to resume."""
+
+    interval_steps: int = 0
+    """Steps between checkpoints; 0 saves at the end (and at stop_at_step) only."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    resume: str = "auto"
+    """`auto` continues the run found in run_dir, `never` refuses one, `required` fails if there is none."""
+
+
+@dataclass
+class LoggingConfig:
+    """Where the numbers go; metrics.jsonl is always written."""
+
+    interval_steps: int = 10
+    """Steps between log lines."""
+    progress: bool = True
+    """Progress bar with ETA on standard error."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files."""
+    wandb: bool = False
+    """Also log to Weights & Biases; falls back to offline, and says so."""
+    wandb_project: str = "dla-train"
+    """Project name there."""
+    wandb_init_timeout_seconds: float = 30.0
+    """How long to try online before going offline."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for MFU; 0 looks the device up and leaves MFU out if it is unknown."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = MISSING
+    """Name of the run."""
+    run_dir: str = MISSING
+    """Folder of this run's config, metrics and checkpoints; one run per folder."""
+    seed: int = 0
+    """Seed of initialisation and data order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.backbone": ("mamba2", "gated_deltanet", "attention"),
+    "memory.policy": ("single", "log_linear", "fixed", "dla", "none"),
+    "memory.tau_control": ("fixed", "learned", "rate"),
+    "memory.drift": ("token", "update"),
+    "memory.capacity_rule": ("density", "oldest", "random"),
+    "memory.closed_slots": ("transition", "frozen"),
+    "memory.read": ("unit", "slot", "content"),
+    "memory.routing": ("qk", "projected"),
+    "memory.gate": ("soft", "hard", "straight_through"),
+    "memory.backend": ("auto", "torch", "recurrent"),
+    "optim.schedule": ("cosine", "wsd", "constant"),
+    "train.dtype": ("float32", "bfloat16"),
+    "train.device": ("auto", "cpu", "cuda"),
+    "parallel.backend": ("auto", "gloo", "nccl"),
+    "engine.name": ("local", "deepspeed"),
+    "checkpoint.resume": ("auto", "never", "required"),
+}
+"""Legal strings of every key that is a choice."""

@@ -1,0 +1,120 @@
+"""Capacity: which boundaries die, and when (design section 2.3).
+
+The walk needs the scores alone, no state. A slot is the stretch between two live boundaries, so its token count and its score
+sum are differences of positions and of prefix sums, and merging the pair (i, i+1) is removing boundary i+1 from a list of at
+most K. All (sequence, head, document) lists are walked in lockstep, one boundary of each at a time. Prefix sums and densities
+are float64: sums of equal float32 scores are exact there, so that ties fall to the oldest pair in every implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dla_kernels.plan import NEVER
+
+CAPACITY_RULES = ("density", "oldest", "random")
+
+
+@dataclass(frozen=True)
+class Merges:
+    """When boundaries die, as in MemoryPlan but heads first."""
+
+    death: Tensor
+    """[B, H, T] int64."""
+    carried_death: Tensor
+    """[B, H, S] int64."""
+    merged: Tensor
+    """[B, H, T] int64."""
+
+
+def random_pair(position: Tensor, pairs: int) -> Tensor:
+    """The pair that rule `random` merges at a token: a hash of its position, so that a recomputation or a step agrees."""
+    return ((position * 2654435761) % 4294967296 >> 12) % pairs
+
+
+def capacity_merges(boundary: Tensor, score: Tensor, document_start: Tensor, *, capacity: int, rule: str,
+                    carried_start: Tensor, carried_scores: Tensor, carried_fill: Tensor) -> Merges:
+    """Deaths under `capacity` slots: boundary, score [B, H, T]; carried_* [B, H, S], carried_fill [B, H]."""
+    if rule not in CAPACITY_RULES:
+        raise ValueError(f"capacity_rule={rule!r} is not one of {', '.join(CAPACITY_RULES)}")
+    batch, heads, tokens = boundary.shape
+    device = boundary.device
+    used = torch.arange(capacity, device=device) < carried_fill[..., None]
+    events = torch.cat([used, boundary], dim=-1)
+    index = torch.arange(tokens, device=device).expand(batch, heads, tokens)
+    position = torch.cat([carried_start, index], dim=-1)
+    before = -torch.where(used, carried_scores, 0.0).flip(-1).cumsum(-1).flip(-1)
+    score = score.double()
+    prefix = torch.cat([before, score.cumsum(-1) - score], dim=-1)
+    first = document_start[:, None, :1].expand(batch, heads, capacity)
+    document = torch.cat([first, document_start[:, None].expand(batch, heads, tokens)], dim=-1)
+
+    death = torch.full_like(position, NEVER)
+    merged = torch.full_like(position, -1)
+    lists = _long_lists(events, document, capacity)
+    if lists is not None:
+        _walk(lists, position, prefix, position - document, capacity, rule, death, merged)
+    return Merges(death[..., capacity:], death[..., :capacity], merged[..., capacity:])
+
+
+def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | None:
+    """Boundaries of every (sequence, head, document) with more than `capacity` of them: [lists, most] flat indices, -1 padded."""
+    flat = events.flatten().nonzero()[:, 0]
+    if flat.numel() <= capacity:
+        return None
+    row = flat // events.shape[-1]
+    start = document.flatten()[flat]
+    new = torch.ones_like(flat, dtype=torch.bool)
+    new[1:] = (row[1:] != row[:-1]) | (start[1:] != start[:-1])
+    group = new.cumsum(0) - 1
+    count = group.bincount()
+    long = count > capacity
+    if not bool(long.any()):
+        return None
+    within = torch.arange(flat.numel(), device=flat.device) - new.nonzero()[:, 0][group]
+    keep = long[group]
+    lists = flat.new_full((int(long.sum()), int(count.max())), -1)
+    lists[(long.cumsum(0) - 1)[group[keep]], within[keep]] = flat[keep]
+    return lists
+
+
+def _walk(lists: Tensor, position: Tensor, prefix: Tensor, in_document: Tensor, capacity: int, rule: str, death: Tensor,
+          merged: Tensor) -> None:
+    """Append the boundaries of each list in turn, removing one whenever `capacity` are alive; fills death and merged."""
+    pad = lists < 0
+    source = lists.clamp_min(0)
+    rows, most = lists.shape
+    # A list that has ended walks on through far positions, whose removals are dropped below.
+    beyond = torch.arange(most, device=lists.device, dtype=torch.float64) * 2.0**40
+    at = torch.where(pad, beyond, position.flatten()[source].double())
+    sums = torch.where(pad, 0.0, prefix.flatten()[source])
+    label = torch.arange(most, device=lists.device, dtype=torch.float64).expand(rows, most)
+    entries = torch.stack([at, sums, label])
+    alive = torch.empty(3, rows, capacity + 1, dtype=torch.float64, device=lists.device)
+    alive[..., :capacity] = entries[..., :capacity]
+    shift = torch.arange(capacity, device=lists.device)
+    without = torch.stack([shift + (shift > pair) for pair in range(capacity - 1)])
+    seen = in_document.flatten()[source]
+    steps = most - capacity
+    removed = torch.empty(steps, rows, dtype=torch.float64, device=lists.device)
+    pairs = torch.zeros(steps, rows, dtype=torch.int64, device=lists.device)
+    for step in range(steps):
+        alive[..., capacity] = entries[..., capacity + step]
+        if rule == "density":
+            gap = alive[:2, :, 2:] - alive[:2, :, :-2]
+            pair = (gap[1] / gap[0]).argmin(-1)
+        elif rule == "oldest":
+            pair = pairs[step]
+        else:
+            pair = random_pair(seen[:, capacity + step], capacity - 1)
+        pairs[step] = pair
+        removed[step] = alive[2].gather(-1, pair[:, None] + 1)[:, 0]
+        alive[..., :capacity] = alive.gather(-1, without[pair].expand(3, rows, capacity))
+    happened = ~pad[:, capacity:].T
+    arriving = source[:, capacity:].T[happened]
+    leaving = source.gather(1, removed.long().T).T[happened]
+    death.view(-1)[leaving] = position.flatten()[arriving]
+    merged.view(-1)[arriving] = pairs[happened]

@@ -1,0 +1,74 @@
+"""MemoryPlan: which slot holds which token, when. The one interface between memory policies and kernels.
+
+A plan is integer data without gradients. A *boundary* at token a opens a slot there; it *dies* at the token where a merge
+removes it, that is where its slot joins the older neighbour. Boundaries with their deaths describe every policy
+(`single`, `log_linear`, `fixed`, `dla`) and every capacity rule, so that nothing downstream knows a policy's name.
+Forward decides once; backward and recomputation are given the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER = torch.iinfo(torch.int64).max
+"""Death of a boundary that no merge of this call removes."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Decisions for B sequences of T tokens and H heads (design sections 2 and 10)."""
+
+    score: Tensor
+    """[B, T, H] float32: drift I_t; 0 at a document's first token and under policies that do not score."""
+    boundary: Tensor
+    """[B, T, H] bool: the token opens a slot."""
+    merged: Tensor
+    """[B, T, H] int64: oldest-first index of the pair merged by capacity at this token, or -1. `log_linear`, whose carries
+    merge several pairs at once, records -1: see `death`."""
+    death: Tensor
+    """[B, T, H] int64: token at which this token's boundary is removed, NEVER if in none of this call."""
+    document_start: Tensor
+    """[B, T] int64: first token of each token's document, as an index into its row (negative: before the row)."""
+    capacity: int
+    """S: most slots alive at once; the width of read weights."""
+    carried_start: Tensor
+    """[B, H, S] int64: first token of each slot in the carried cache (negative; unused slots 0), oldest first."""
+    carried_death: Tensor
+    """[B, H, S] int64: token at which the boundary of a carried slot is removed."""
+    carried_fill: Tensor
+    """[B, H] int64: slots in the carried cache."""
+    score_gradients: tuple[Tensor, Tensor] | None = None
+    """d I_t / d k_t [B, T, H, K] and d I_t / d v_t [B, T, H, V] with the open state held constant, where asked for."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] int64: index of each token within its document, counting a carried cache."""
+        return torch.arange(self.boundary.shape[1], device=self.boundary.device) - self.document_start
+
+    @property
+    def origin(self) -> Tensor:
+        """[B, H] int64: tokens the carried slots hold; adding it counts tokens from the carried document's first."""
+        return torch.where(self.carried_fill > 0, -self.carried_start[..., 0], 0)
+
+    def slot_starts(self) -> Tensor:
+        """[B, T, H, S] int64: first token of each live slot at each token, oldest first, -1 where unused.
+
+        Tokens are counted from the row's first; with a carried cache, from the first token of the document it was in.
+        """
+        from dla_kernels.memory.slots import chunk_slots
+
+        slots = chunk_slots(self, 64)
+        starts, live = slots.starts_by_rank(self)
+        offset = self.origin
+        chronological = torch.where(live, starts + offset[:, :, None, None], NEVER).sort(dim=-1).values
+        return torch.where(chronological == NEVER, -1, chronological).transpose(1, 2)
+
+    def live_slots(self) -> Tensor:
+        """[B, T, H] int64: number of live slots m at each token, after its boundary and merge."""
+        from dla_kernels.memory.slots import chunk_slots
+
+        _, live = chunk_slots(self, 64).starts_by_rank(self)
+        return live.sum(-1).transpose(1, 2)

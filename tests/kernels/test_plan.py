@@ -1,0 +1,183 @@
+"""The planner: scores, boundaries, merges; the chunkwise form against the token loop and against the text of the paper."""
+
+import pytest
+import torch
+from kernel_cases import BACKBONES, PACKED, capacity_of, make_case, plan_options
+from tolerances import SCORE_ABSOLUTE
+
+import dla_kernels as dk
+
+
+def assert_same_plan(a: dk.MemoryPlan, b: dk.MemoryPlan) -> None:
+    assert (a.score - b.score).abs().max() < SCORE_ABSOLUTE
+    assert torch.equal(a.boundary, b.boundary)
+    assert torch.equal(a.merged, b.merged)
+    assert torch.equal(a.death, b.death)
+    assert torch.equal(a.slot_starts(), b.slot_starts())
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("drift", ["token", "update"])
+@pytest.mark.parametrize("rule", ["density", "oldest", "random"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunkwise_plan_equals_the_token_loop(backbone, drift, rule, packed):
+    case = make_case(backbone)
+    options = plan_options("dla", drift) | {"capacity_rule": rule, "cu_seqlens": PACKED if packed else None}
+    loop = dk.plan_memory(*case.keys, **options, backend="recurrent")
+    assert 0.1 < loop.boundary.float().mean() < 0.95, "the case must hold both boundaries and none"
+    assert (loop.merged >= 0).any()
+    for chunk in (1, 8, 64):
+        assert_same_plan(dk.plan_memory(*case.keys, **options, backend="torch", chunk_size=chunk), loop)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("tokens", [1, 2, 31, 33])
+def test_plan_of_float32_inputs_equals_the_token_loop_at_any_length(backbone, tokens):
+    case = make_case(backbone, tokens=tokens, dtype=torch.float32, key_heads=2, heads=4)
+    options = plan_options("dla")
+    assert_same_plan(dk.plan_memory(*case.keys, **options), dk.plan_memory(*case.keys, **options, backend="recurrent"))
+
+
+def test_score_is_the_distance_of_rms_normalised_writes():
+    """I_t = ||rms(s_t) - rms(S_open)|| / ||rms(S_open)||, computed as the paper writes it, on one segment."""
+    case = make_case("mamba2", batch=1, heads=1, tokens=12)
+    plan = dk.plan_memory(*case.keys, tau=9.0, capacity=4)
+    state = torch.zeros(5, 4, dtype=torch.float64)
+
+    def rms(x):
+        return x / x.square().mean().sqrt()
+
+    for t in range(12):
+        write = torch.outer(case.k[0, t, 0], case.v[0, t, 0])
+        if t:
+            expected = (rms(write) - rms(state)).norm() / rms(state).norm()
+            assert plan.score[0, t, 0].item() == pytest.approx(expected.item(), abs=1e-5)
+        state = case.log_decay[0, t, 0].exp() * state + write
+
+
+def test_merges_of_a_worked_example():
+    """Scores 0, 2, 1, 0.5, 2 at tau 0.4, capacity 3: every token opens a slot; sums of pairs decide, the oldest pair on ties."""
+    from dla_kernels.memory.merging import capacity_merges
+    from dla_kernels.memory.reference import recurrent_merges
+
+    score = torch.tensor([[[0.0, 2.0, 1.0, 0.5, 2.0, 2.0]]])
+    every = torch.ones(1, 1, 6, dtype=torch.bool)
+    none = torch.zeros(1, 1, 3, dtype=torch.int64)
+    for merges_of in (capacity_merges, recurrent_merges):
+        merges = merges_of(every, score, torch.zeros(1, 6, dtype=torch.int64), capacity=3, rule="density", carried_start=none,
+                           carried_scores=none.double(), carried_fill=none[..., 0])
+        # t=3: pairs {0},{1}: 2/2 and {1},{2}: 3/2 -> 0. t=4: {0,1},{2}: 3/3; {2},{3}: 1.5/2 -> 1. t=5: {01},{23}: 3.5/4; {23},{4}: 3.5/3 -> 0
+        assert merges.merged.flatten().tolist() == [-1, -1, -1, 0, 1, 0]
+        assert merges.death.flatten().tolist()[1:4] == [3, 5, 4]
+
+
+def test_ties_between_pairs_fall_to_the_oldest():
+    zeros = torch.zeros(1, 20, 1, 3)
+    plan = dk.plan_memory(zeros, zeros, torch.zeros(1, 20, 1), tau=0.6, capacity=3)
+    assert torch.allclose(plan.score[0, 1:, 0], torch.tensor(2.0).sqrt()), "a zero key has cosine 0"
+    # Scores all equal: the first token's is 0, so the oldest pair is also the least dense.
+    assert (plan.merged[0, 3:, 0] == 0).all()
+    assert plan.slot_starts()[0, -1, 0].tolist() == [0, 18, 19]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("policy", ["log_linear", "fixed", "dla"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_slots_are_ordered_cover_every_token_once_and_stay_within_capacity(backbone, policy, packed):
+    case = make_case(backbone)
+    plan = dk.plan_memory(*case.keys, **plan_options(policy), cu_seqlens=PACKED if packed else None)
+    starts = plan.slot_starts()
+    assert starts.shape == (2, 45, 2, capacity_of(policy))
+    live = (starts >= 0).sum(-1)
+    assert torch.equal(live, plan.live_slots())
+    assert live.min() >= 1
+    for b, t, h in [(b, t, h) for b in range(2) for t in range(45) for h in range(2)]:
+        mine = starts[b, t, h, : live[b, t, h]]
+        assert mine[0] == plan.document_start[b, t], "the oldest slot begins with the document: every token is covered"
+        assert (mine.diff() > 0).all() and mine[-1] <= t
+        newest = plan.boundary[b, : t + 1, h].nonzero().max()
+        assert mine[-1] == newest, "the open slot starts at the latest boundary"
+
+
+def test_boundaries_do_not_depend_on_capacity():
+    case = make_case("gated_deltanet")
+    plans = [dk.plan_memory(*case.keys, tau=0.9, capacity=capacity) for capacity in (2, 5, 45)]
+    assert all(torch.equal(plans[0].boundary, plan.boundary) for plan in plans)
+    assert not torch.equal(plans[0].merged, plans[1].merged)
+    assert (plans[2].merged == -1).all()
+
+
+def test_a_threshold_above_2_makes_one_slot():
+    case = make_case("mamba2")
+    assert dk.plan_memory(*case.keys, tau=2.01, capacity=4).boundary.sum() == 2 * 2
+
+
+def test_a_threshold_of_0_and_room_for_all_make_one_slot_a_token():
+    case = make_case("gated_deltanet")
+    plan = dk.plan_memory(*case.keys, tau=0.0, capacity=45)
+    assert plan.boundary.all()
+    assert torch.equal(plan.live_slots()[0, :, 0], torch.arange(1, 46))
+
+
+def test_capacity_1_makes_one_slot():
+    case = make_case("mamba2")
+    assert (dk.plan_memory(*case.keys, tau=0.1, capacity=1).live_slots() == 1).all()
+
+
+def test_log_linear_slots_are_the_fenwick_partition():
+    """Level of token s at t is the bit length of t xor s (arXiv 2506.04761)."""
+    case = make_case("mamba2", tokens=45)
+    plan = dk.plan_memory(*case.keys, tau=0.6, capacity=7, policy="log_linear")
+    starts = plan.slot_starts()[0, :, 0]
+    levels = dk.log_linear_levels(torch.arange(45), 7, levels=7)
+    for t in range(45):
+        for s in range(t + 1):
+            rank = int((starts[t] >= 0).sum()) - 1 - int((starts[t][starts[t] >= 0] <= s).sum() - 1)
+            assert levels[t, rank] == (t ^ s).bit_length()
+
+
+def test_levels_beyond_the_trained_ones_take_the_last():
+    assert dk.log_linear_levels(torch.tensor([0b11010000]), 8, levels=5)[0].tolist() == [0, 4, 4, 4, 4, 4, 4, 4]
+
+
+def test_log_linear_refuses_a_document_beyond_its_slots():
+    case = make_case("mamba2", tokens=33)
+    with pytest.raises(ValueError, match="capacity >= 7"):
+        dk.plan_memory(*case.keys, tau=0.6, capacity=6, policy="log_linear")
+
+
+def test_fixed_opens_a_slot_every_interval_of_each_document():
+    case = make_case("mamba2")
+    plan = dk.plan_memory(*case.keys, tau=0.6, capacity=45, policy="fixed", interval=5, cu_seqlens=PACKED)
+    assert torch.equal(plan.boundary[..., 0], plan.positions % 5 == 0)
+    assert plan.boundary[0, :, 0].nonzero().flatten().tolist() == [0, 5, 7, 12, 17, 22, 27, 32, 37, 42]
+
+
+def test_thresholds_may_differ_by_head():
+    case = make_case("gated_deltanet")
+    plan = dk.plan_memory(*case.keys, tau=torch.tensor([0.2, 2.1]), capacity=45)
+    assert plan.boundary[..., 0].sum() > 30
+    assert plan.boundary[..., 1].sum() == 2
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"policy": "dlaa"}, "policy='dlaa'"),
+    ({"drift": "tok"}, "drift='tok'"),
+    ({"capacity_rule": "newest"}, "capacity_rule='newest'"),
+    ({"capacity": 0}, "capacity=0"),
+    ({"backend": "cuda"}, "backend='cuda'"),
+    ({"cu_seqlens": torch.tensor([0, 7, 7, 90])}, "rise strictly"),
+    ({"cu_seqlens": torch.tensor([0, 7])}, "end at B\\*T=90"),
+])
+def test_a_wrong_option_is_named(change, message):
+    case = make_case("mamba2")
+    with pytest.raises(ValueError, match=message):
+        dk.plan_memory(*case.keys, **({"tau": 0.6, "capacity": 4} | change))
+
+
+def test_a_wrong_shape_is_named():
+    case = make_case("mamba2", heads=3, key_heads=3)
+    with pytest.raises(ValueError, match="3 heads, not a multiple of the 2 key heads"):
+        dk.plan_memory(case.k[:, :, :2], case.v, case.log_decay, tau=0.6, capacity=4)
+    with pytest.raises(ValueError, match="log_decay has shape"):
+        dk.plan_memory(case.k, case.v, case.log_decay[:, :, :1], tau=0.6, capacity=4)

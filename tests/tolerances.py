@@ -1,0 +1,26 @@
+"""How close two computations must be, per dtype, in one place and with the reason.
+
+Compared is max |a - b| / max(1, max |b|). float64 paths differ in summation order only; float32 keeps 7 digits, and a chunk of
+sums over a few hundred tokens loses up to two of them; bfloat16 keeps 8 bits.
+"""
+
+import torch
+from torch import Tensor
+
+RELATIVE = {
+    torch.float64: 1e-10,  # reordered sums of O(1) terms over at most a few hundred tokens
+    torch.float32: 2e-5,  # about 100 units in the last place
+    torch.bfloat16: 2e-2,  # about 5 units in the last place
+}
+SCORE_ABSOLUTE = 2e-3
+"""Drift near 0 is sqrt(2 - 2 cos): an error e in the cosine, 1e-7 in float32, becomes sqrt(2 e) there."""
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Fails with the name and the error where two tensors differ by more than their dtype's tolerance."""
+    assert actual.shape == expected.shape, f"{name}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    assert bool(torch.isfinite(actual).all()), f"{name}: not finite"
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    error = (actual.double() - expected.double()).abs().max().item() / scale if expected.numel() else 0.0
+    limit = RELATIVE[dtype or actual.dtype]
+    assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"
