@@ -34,14 +34,25 @@ class Case:
 
     def rows(self, row: int, begin: int, end: int) -> "Case":
         """Tokens begin..end of one row, as a batch of one."""
-        return self.map(lambda x: x[row:row + 1, begin:end])
+        return self.map(lambda x: x[row : row + 1, begin:end])
 
     def tokens(self, begin: int, end: int) -> "Case":
         return self.map(lambda x: x[:, begin:end])
 
 
-def make_case(backbone: str, *, batch: int = 2, tokens: int = 45, key_heads: int = 1, heads: int = 2, key_dim: int = 5,
-              value_dim: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, decay: float = 0.3) -> Case:
+def make_case(
+    backbone: str,
+    *,
+    batch: int = 2,
+    tokens: int = 45,
+    key_heads: int = 1,
+    heads: int = 2,
+    key_dim: int = 5,
+    value_dim: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    decay: float = 0.3,
+) -> Case:
     """Random inputs: unit keys, decays down to exp(-decay) a token, write strengths in (0, 1)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -52,13 +63,17 @@ def make_case(backbone: str, *, batch: int = 2, tokens: int = 45, key_heads: int
     k = k / k.norm(dim=-1, keepdim=True)
     # Neighbouring tokens resemble each other, as in text, so that drift takes its whole range.
     v = normal(batch, tokens, heads, value_dim)
-    keep = (torch.rand(batch, tokens, generator=generator) < 0.6)
+    keep = torch.rand(batch, tokens, generator=generator) < 0.6
     for t in range(1, tokens):
         k[:, t] = torch.where(keep[:, t, None, None], k[:, t - 1] + 0.1 * k[:, t], k[:, t])
         v[:, t] = torch.where(keep[:, t, None, None], v[:, t - 1] + 0.1 * v[:, t], v[:, t])
     k = k / k.norm(dim=-1, keepdim=True)
     log_decay = -torch.rand(batch, tokens, heads, generator=generator, dtype=torch.float64) * decay
-    beta = torch.rand(batch, tokens, heads, generator=generator, dtype=torch.float64) if backbone == "gated_deltanet" else None
+    beta = (
+        torch.rand(batch, tokens, heads, generator=generator, dtype=torch.float64)
+        if backbone == "gated_deltanet"
+        else None
+    )
     return Case(q, k, v, log_decay, beta).map(lambda x: x.to(dtype))
 
 
@@ -68,5 +83,10 @@ def capacity_of(policy: str) -> int:
 
 
 def plan_options(policy: str, drift: str = "token") -> dict:
-    return {"tau": 0.9 if drift == "token" else 0.2, "capacity": capacity_of(policy), "policy": policy, "drift": drift,
-            "interval": 5}
+    return {
+        "tau": 0.9 if drift == "token" else 0.2,
+        "capacity": capacity_of(policy),
+        "policy": policy,
+        "drift": drift,
+        "interval": 5,
+    }

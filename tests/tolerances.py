@@ -1,7 +1,7 @@
 """How close two computations must be, per dtype, in one place and with the reason.
 
-Compared is max |a - b| / max(1, max |b|). float64 paths differ in summation order only; float32 keeps 7 digits, and a chunk of
-sums over a few hundred tokens loses up to two of them; bfloat16 keeps 8 bits.
+Compared is max |a - b| / max(1, max |b|). float64 paths differ in summation order only; float32 keeps 7 digits, and a
+chunk of sums over a few hundred tokens loses up to two of them; bfloat16 keeps 8 bits.
 """
 
 import torch

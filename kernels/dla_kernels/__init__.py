@@ -3,8 +3,8 @@
 Shape legend, here and everywhere in the project:
     B batch   T tokens   D model width   H heads   Hk key heads   K key dim   V value dim
     C tokens of a chunk   N chunks   S memory slots   R routing dim
-Layout of public operations is [batch, time, heads, dim]; head h shares key head h // (H // Hk). Decays are natural logarithms,
-at most 0. Rank r of a slot is its recency: 0 is the open slot.
+Layout of public operations is [batch, time, heads, dim]; head h shares key head h // (H // Hk). Decays are natural
+logarithms, at most 0. Rank r of a slot is its recency: 0 is the open slot.
 """
 
 from dla_kernels.attention import dla_attention, slot_affinity

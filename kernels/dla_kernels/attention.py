@@ -1,4 +1,5 @@
-"""The multi-state layer as one operation: dla_attention, and slot_affinity for its content reads (design section 10)."""
+"""The multi-state layer as one operation: dla_attention, and slot_affinity for its content reads (design section
+10)."""
 
 from __future__ import annotations
 
@@ -18,25 +19,45 @@ from dla_kernels.plan import MemoryPlan
 CLOSED_SLOTS = ("transition", "frozen")
 
 
-def dla_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, read_weights: Tensor,
-                  plan: MemoryPlan, closed_slots: str = "transition", scale: float | None = None, gates: Tensor | None = None,
-                  routing_keys: Tensor | None = None, cache: MergeCache | None = None, return_cache: bool = False,
-                  chunk_size: int | None = None, backend: str | None = None) -> Tensor | tuple[Tensor, MergeCache]:
-    """o_t = scale * sum_r w_(t,r) q_t^T S_r(t) over the live slots of `plan` (arXiv 2606.10650; design sections 2 and 5).
+def dla_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None = None,
+    *,
+    read_weights: Tensor,
+    plan: MemoryPlan,
+    closed_slots: str = "transition",
+    scale: float | None = None,
+    gates: Tensor | None = None,
+    routing_keys: Tensor | None = None,
+    cache: MergeCache | None = None,
+    return_cache: bool = False,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, MergeCache]:
+    """o_t = scale * sum_r w_(t,r) q_t^T S_r(t) over the live slots of `plan` (arXiv 2606.10650; design sections 2 and
+    5).
 
-    q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay (natural log, <= 0) and beta [B,T,H] (None: mamba2); read_weights [B,T,H,S] by
-    recency rank, S = plan.capacity; gates [B,T,H] from `boundary_gate` (None: hard); scale defaults to K**-0.5. Returns
-    o [B,T,H,V] in v's dtype, and with return_cache the MergeCache after the last token, which needs routing_keys
-    [B,T,Hk or H,R] where memory is read by content. Differentiable in every real input, the cache's states included.
-    States are float32 (float64 for float64 inputs). Raises ValueError on shapes or names that do not fit.
+    q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay (natural log, <= 0) and beta [B,T,H] (None: mamba2); read_weights [B,T,H,S]
+    by recency rank, S = plan.capacity; gates [B,T,H] from `boundary_gate` (None: hard); scale defaults to K**-0.5.
+    Returns o [B,T,H,V] in v's dtype, and with return_cache the MergeCache after the last token, which needs
+    routing_keys [B,T,Hk or H,R] where memory is read by content. Differentiable in every real input, the cache's
+    states included. States are float32 (float64 for float64 inputs). Raises ValueError on shapes or names that do not
+    fit.
     """
     check_inputs(k, v, log_decay, beta, q)
     batch, tokens, heads, _ = v.shape
     if read_weights.shape != (batch, tokens, heads, plan.capacity):
-        raise ValueError(f"read_weights {tuple(read_weights.shape)} must be [B, T, H, S] = "
-                         f"{(batch, tokens, heads, plan.capacity)}, S being the plan's capacity")
+        raise ValueError(
+            f"read_weights {tuple(read_weights.shape)} must be [B, T, H, S] = "
+            f"{(batch, tokens, heads, plan.capacity)}, S being the plan's capacity"
+        )
     if plan.boundary.shape != (batch, tokens, heads):
-        raise ValueError(f"the plan is for [B, T, H] = {tuple(plan.boundary.shape)}, the inputs are {(batch, tokens, heads)}")
+        raise ValueError(
+            f"the plan is for [B, T, H] = {tuple(plan.boundary.shape)}, the inputs are {(batch, tokens, heads)}"
+        )
     if closed_slots not in CLOSED_SLOTS:
         raise ValueError(f"closed_slots={closed_slots!r} is not one of {', '.join(CLOSED_SLOTS)}")
     chunk = chunk_size or default_chunk_size(v.device)
@@ -49,7 +70,9 @@ def dla_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tens
     if resolve_backend(backend) == "recurrent":
         o, states = recurrent_mix(q, k, v, log_decay, beta, weights, plan, frozen=frozen, scale=scale, cache=cache)
     else:
-        o, states = mix_chunks(q, k, v, log_decay, beta, weights, plan, frozen=frozen, scale=scale, cache=cache, chunk=chunk)
+        o, states = mix_chunks(
+            q, k, v, log_decay, beta, weights, plan, frozen=frozen, scale=scale, cache=cache, chunk=chunk
+        )
     o = o.transpose(1, 2).to(v.dtype)
     if not return_cache:
         return o
@@ -57,8 +80,14 @@ def dla_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tens
     return o, _final_cache(states, plan, gate, keys, cache, chunk)
 
 
-def _final_cache(states: Tensor, plan: MemoryPlan, gates: Tensor | None, routing_keys: Tensor | None, cache: MergeCache | None,
-                 chunk: int) -> MergeCache:
+def _final_cache(
+    states: Tensor,
+    plan: MemoryPlan,
+    gates: Tensor | None,
+    routing_keys: Tensor | None,
+    cache: MergeCache | None,
+    chunk: int,
+) -> MergeCache:
     slots = chunk_slots(plan, chunk)
     source, ones = slots.source[:, :, -1:], torch.ones_like(states[..., 0, 0])
     used = torch.arange(plan.capacity, device=states.device) < slots.fill[:, :, -1:]
@@ -87,8 +116,15 @@ def _final_scores(plan: MemoryPlan, slots: ChunkSlots, cache: MergeCache | None)
     return carried_key_sums(score, slots, plan.capacity, before)[:, :, -1, :, 0]
 
 
-def slot_affinity(rho: Tensor, kappa: Tensor, plan: MemoryPlan, *, cache: MergeCache | None = None,
-                  chunk_size: int | None = None, backend: str | None = None) -> Tensor:
+def slot_affinity(
+    rho: Tensor,
+    kappa: Tensor,
+    plan: MemoryPlan,
+    *,
+    cache: MergeCache | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """rho_t . (mean of kappa over each live slot, token t included): [B,T,H,S] by recency rank, -inf where no slot.
 
     rho, kappa [B,T,Hk or H,R]. With `cache`, its key_sums count. Differentiable in rho and kappa. Source: design 2.5.

@@ -1,7 +1,7 @@
 """Packed documents: from `cu_seqlens` to the first token and the position of every token.
 
-A document start empties the memory (docs/dla.md, section 8). Row edges are always document edges; with a carried cache the
-first document of a row goes on from that cache, so its start lies before the row (a negative index).
+A document start empties the memory (docs/dla.md, section 8). Row edges are always document edges; with a carried cache
+the first document of a row goes on from that cache, so its start lies before the row (a negative index).
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> None:
     total = batch * tokens
     offsets = cu_seqlens.tolist()
     if cu_seqlens.dim() != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != total:
-        raise ValueError(f"cu_seqlens={offsets[:4]}..{offsets[-1:]} must be one-dimensional, start at 0 and end at B*T={total}")
+        raise ValueError(
+            f"cu_seqlens={offsets[:4]}..{offsets[-1:]} must be one-dimensional, start at 0 and end at B*T={total}"
+        )
     if any(b <= a for a, b in zip(offsets, offsets[1:], strict=False)):
         raise ValueError("cu_seqlens must rise strictly: an empty or reversed document was given")
 
 
-def document_starts(cu_seqlens: Tensor | None, batch: int, tokens: int, *, position: Tensor | None = None,
-                    device: torch.device | None = None) -> Tensor:
+def document_starts(
+    cu_seqlens: Tensor | None,
+    batch: int,
+    tokens: int,
+    *,
+    position: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """First token of every token's document, as an index into its row: [B, T] int64.
 
     `position` [B] counts the tokens a carried cache has seen of its document; the row's first document then starts at
@@ -39,8 +47,14 @@ def document_starts(cu_seqlens: Tensor | None, batch: int, tokens: int, *, posit
     return starts
 
 
-def document_positions(cu_seqlens: Tensor | None, batch: int, tokens: int, *, position: Tensor | None = None,
-                       device: torch.device | None = None) -> Tensor:
+def document_positions(
+    cu_seqlens: Tensor | None,
+    batch: int,
+    tokens: int,
+    *,
+    position: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Index of every token within its document, counting what a carried cache has seen: [B, T] int64."""
     starts = document_starts(cu_seqlens, batch, tokens, position=position, device=device)
     return torch.arange(tokens, device=starts.device) - starts

@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: the backend names, their choice and the error when one is not there.
 
-`recurrent` is the token loop (the definition), `torch` the chunkwise form in PyTorch. `None` picks by device. A backend that
-was asked for by name is used or refused, never replaced: a silent slow path costs a cluster a week.
+`recurrent` is the token loop (the definition), `torch` the chunkwise form in PyTorch. `None` picks by device. A
+backend that was asked for by name is used or refused, never replaced: a silent slow path costs a cluster a week.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MemoryPlan: which slot holds which token, when. The one interface between memory policies and kernels.
 
-A plan is integer data without gradients. A *boundary* at token a opens a slot there; it *dies* at the token where a merge
-removes it, that is where its slot joins the older neighbour. Boundaries with their deaths describe every policy
+A plan is integer data without gradients. A *boundary* at token a opens a slot there; it *dies* at the token where a
+merge removes it, that is where its slot joins the older neighbour. Boundaries with their deaths describe every policy
 (`single`, `log_linear`, `fixed`, `dla`) and every capacity rule, so that nothing downstream knows a policy's name.
 Forward decides once; backward and recomputation are given the same plan.
 """
@@ -26,8 +26,8 @@ class MemoryPlan:
     boundary: Tensor
     """[B, T, H] bool: the token opens a slot."""
     merged: Tensor
-    """[B, T, H] int64: oldest-first index of the pair merged by capacity at this token, or -1. `log_linear`, whose carries
-    merge several pairs at once, records -1: see `death`."""
+    """[B, T, H] int64: oldest-first index of the pair merged by capacity at this token, or -1. `log_linear`, whose
+    carries merge several pairs at once, records -1: see `death`."""
     death: Tensor
     """[B, T, H] int64: token at which this token's boundary is removed, NEVER if in none of this call."""
     document_start: Tensor

@@ -1,7 +1,7 @@
 """plan_memory: from keys, values and gates to a MemoryPlan; the one place that knows the policies by name.
 
-A policy says where boundaries lie and which die; `fixed` and `dla` share the capacity rule. A new policy is a function here and
-a line in `POLICIES`.
+A policy says where boundaries lie and which die; `fixed` and `dla` share the capacity rule. A new policy is a function
+here and a line in `POLICIES`.
 """
 
 from __future__ import annotations
@@ -49,27 +49,54 @@ class _Request:
 
 
 @torch.no_grad()
-def plan_memory(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, tau: Tensor | float, capacity: int,
-                policy: str = "dla", drift: str = "token", capacity_rule: str = "density", interval: int = 64,
-                cu_seqlens: Tensor | None = None, cache: MergeCache | None = None, chunk_size: int | None = None,
-                score_gradients: bool = False, backend: str | None = None) -> MemoryPlan:
+def plan_memory(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None = None,
+    *,
+    tau: Tensor | float,
+    capacity: int,
+    policy: str = "dla",
+    drift: str = "token",
+    capacity_rule: str = "density",
+    interval: int = 64,
+    cu_seqlens: Tensor | None = None,
+    cache: MergeCache | None = None,
+    chunk_size: int | None = None,
+    score_gradients: bool = False,
+    backend: str | None = None,
+) -> MemoryPlan:
     """Decide which slots exist at every token (arXiv 2606.10650; design sections 2, 3 and 6). No gradients.
 
-    k [B,T,Hk,K], v [B,T,H,V]; log_decay, beta [B,T,H] (beta None: mamba2); tau a float or [H]; capacity K slots; `interval`
-    tokens between boundaries of policy `fixed`; cu_seqlens [M+1] offsets of packed documents into the flattened B*T tokens; with
-    `cache` the first document of each row goes on from it. With capacity 1, boundaries would do nothing and are not made.
-    score_gradients keeps what `boundary_score` needs. Raises ValueError on shapes, names or a context beyond the policy's reach.
+    k [B,T,Hk,K], v [B,T,H,V]; log_decay, beta [B,T,H] (beta None: mamba2); tau a float or [H]; capacity K slots;
+    `interval` tokens between boundaries of policy `fixed`; cu_seqlens [M+1] offsets of packed documents into the
+    flattened B*T tokens; with `cache` the first document of each row goes on from it. With capacity 1, boundaries
+    would do nothing and are not made. score_gradients keeps what `boundary_score` needs. Raises ValueError on shapes,
+    names or a context beyond the policy's reach.
     """
     check_inputs(k, v, log_decay, beta)
     _check_choices(policy, drift, capacity_rule, capacity, interval)
     batch, tokens, heads, _ = v.shape
     device = v.device
     request = _Request(
-        k=k, v=v, log_decay=log_decay, beta=beta, tau=torch.as_tensor(tau, dtype=torch.float32, device=device).expand(heads),
-        capacity=capacity, drift=drift, rule=capacity_rule, interval=interval, cache=cache,
-        chunk=chunk_size or default_chunk_size(device), backend=resolve_backend(backend), score_gradients=score_gradients,
-        document_start=document_starts(cu_seqlens, batch, tokens, position=None if cache is None else cache.position,
-                                       device=device))
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        beta=beta,
+        tau=torch.as_tensor(tau, dtype=torch.float32, device=device).expand(heads),
+        capacity=capacity,
+        drift=drift,
+        rule=capacity_rule,
+        interval=interval,
+        cache=cache,
+        chunk=chunk_size or default_chunk_size(device),
+        backend=resolve_backend(backend),
+        score_gradients=score_gradients,
+        document_start=document_starts(
+            cu_seqlens, batch, tokens, position=None if cache is None else cache.position, device=device
+        ),
+    )
     _check_cache(request, heads)
     found = _POLICY_DRIFT["single" if capacity == 1 else policy](request)
     carried = _carried(cache, batch, heads, capacity, device)
@@ -77,18 +104,39 @@ def plan_memory(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = N
         merges = _fenwick_merges(request, carried)
     else:
         merge = recurrent_merges if request.backend == "recurrent" else capacity_merges
-        merges = merge(found.boundary, found.score, request.document_start, capacity=capacity,
-                       rule="oldest" if policy == "fixed" else capacity_rule, carried_start=carried[0],
-                       carried_scores=carried[1], carried_fill=carried[2])
-    gradients = None if found.gradients is None else (found.gradients[0].transpose(1, 2), found.gradients[1].transpose(1, 2))
+        merges = merge(
+            found.boundary,
+            found.score,
+            request.document_start,
+            capacity=capacity,
+            rule="oldest" if policy == "fixed" else capacity_rule,
+            carried_start=carried[0],
+            carried_scores=carried[1],
+            carried_fill=carried[2],
+        )
+    gradients = (
+        None if found.gradients is None else (found.gradients[0].transpose(1, 2), found.gradients[1].transpose(1, 2))
+    )
     return MemoryPlan(
-        score=found.score.transpose(1, 2), boundary=found.boundary.transpose(1, 2), merged=merges.merged.transpose(1, 2),
-        death=merges.death.transpose(1, 2), document_start=request.document_start, capacity=capacity, carried_start=carried[0],
-        carried_death=merges.carried_death, carried_fill=carried[2], score_gradients=gradients)
+        score=found.score.transpose(1, 2),
+        boundary=found.boundary.transpose(1, 2),
+        merged=merges.merged.transpose(1, 2),
+        death=merges.death.transpose(1, 2),
+        document_start=request.document_start,
+        capacity=capacity,
+        carried_start=carried[0],
+        carried_death=merges.carried_death,
+        carried_fill=carried[2],
+        score_gradients=gradients,
+    )
 
 
 def _check_choices(policy: str, drift: str, rule: str, capacity: int, interval: int) -> None:
-    for name, value, choices in (("policy", policy, POLICIES), ("drift", drift, DRIFTS), ("capacity_rule", rule, CAPACITY_RULES)):
+    for name, value, choices in (
+        ("policy", policy, POLICIES),
+        ("drift", drift, DRIFTS),
+        ("capacity_rule", rule, CAPACITY_RULES),
+    ):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
     if capacity < 1:
@@ -103,7 +151,9 @@ def _check_cache(request: _Request, heads: int) -> None:
         return
     expected = (request.v.shape[0], heads, request.capacity, request.k.shape[-1], request.v.shape[-1])
     if tuple(cache.states.shape) != expected:
-        raise ValueError(f"the cache holds states {tuple(cache.states.shape)}; these inputs need [B, H, S, K, V] = {expected}")
+        raise ValueError(
+            f"the cache holds states {tuple(cache.states.shape)}; these inputs need [B, H, S, K, V] = {expected}"
+        )
 
 
 def _document_heads(request: _Request) -> Tensor:
@@ -131,12 +181,24 @@ def _every_token(request: _Request) -> Drift:
 def _dla(request: _Request) -> Drift:
     r = request
     if r.backend == "recurrent":
-        found = recurrent_drift(r.k, r.v, r.log_decay, r.beta, r.document_start, tau=r.tau, drift=r.drift, cache=r.cache)
+        found = recurrent_drift(
+            r.k, r.v, r.log_decay, r.beta, r.document_start, tau=r.tau, drift=r.drift, cache=r.cache
+        )
         if not r.score_gradients:
             return found
         return Drift(found.score, found.boundary, _recurrent_score_gradients(r))
-    return chunk_drift(r.k, r.v, r.log_decay, r.beta, r.document_start, tau=r.tau, drift=r.drift, cache=r.cache, chunk=r.chunk,
-                       gradients=r.score_gradients)
+    return chunk_drift(
+        r.k,
+        r.v,
+        r.log_decay,
+        r.beta,
+        r.document_start,
+        tau=r.tau,
+        drift=r.drift,
+        cache=r.cache,
+        chunk=r.chunk,
+        gradients=r.score_gradients,
+    )
 
 
 def _recurrent_score_gradients(r: _Request) -> tuple[Tensor, Tensor]:
@@ -144,7 +206,9 @@ def _recurrent_score_gradients(r: _Request) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         k = r.k.detach().repeat_interleave(r.v.shape[2] // r.k.shape[2], dim=2).requires_grad_()
         v = r.v.detach().clone().requires_grad_()
-        score = recurrent_drift(k, v, r.log_decay, r.beta, r.document_start, tau=r.tau, drift=r.drift, cache=r.cache).score
+        score = recurrent_drift(
+            k, v, r.log_decay, r.beta, r.document_start, tau=r.tau, drift=r.drift, cache=r.cache
+        ).score
         grad_k, grad_v = torch.autograd.grad(score.sum(), (k, v))
     return grad_k.nan_to_num(0.0).transpose(1, 2), grad_v.nan_to_num(0.0).transpose(1, 2)
 
@@ -152,8 +216,9 @@ def _recurrent_score_gradients(r: _Request) -> tuple[Tensor, Tensor]:
 _POLICY_DRIFT = {"single": _single, "log_linear": _every_token, "fixed": _fixed, "dla": _dla}
 
 
-def _carried(cache: MergeCache | None, batch: int, heads: int, capacity: int,
-             device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _carried(
+    cache: MergeCache | None, batch: int, heads: int, capacity: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """(starts [B,H,S], score sums [B,H,S], fill [B,H]) of the slots a call begins with."""
     if cache is None:
         zeros = torch.zeros(batch, heads, capacity, dtype=torch.int64, device=device)
@@ -162,17 +227,22 @@ def _carried(cache: MergeCache | None, batch: int, heads: int, capacity: int,
 
 
 def _fenwick_merges(request: _Request, carried: tuple[Tensor, Tensor, Tensor]) -> Merges:
-    """log_linear: the boundary at position a > 0 dies at position a + (lowest set bit of a), where its level carries over."""
+    """log_linear: the boundary at position a > 0 dies at position a + (lowest set bit of a), where its level carries
+    over."""
     positions = request.positions
     most = 2 ** (request.capacity - 1)
     longest = int(positions.max()) + 1
     if longest > most:
-        raise ValueError(f"capacity={request.capacity} holds a log_linear memory of {most} tokens, the document has {longest}; "
-                         f"choose capacity >= {longest.bit_length() + 1}")
+        raise ValueError(
+            f"capacity={request.capacity} holds a log_linear memory of {most} tokens, the document has {longest}; "
+            f"choose capacity >= {longest.bit_length() + 1}"
+        )
     heads = request.v.shape[2]
     index = torch.arange(request.v.shape[1], device=positions.device)
     death = torch.where(positions > 0, index + (positions & -positions), NEVER).expand(-1, heads, -1)
-    seen = torch.zeros_like(carried[2]) if request.cache is None else request.cache.position[:, None].expand_as(carried[2])
+    seen = (
+        torch.zeros_like(carried[2]) if request.cache is None else request.cache.position[:, None].expand_as(carried[2])
+    )
     opened = carried[0] + seen[..., None]
     carried_death = torch.where(opened > 0, carried[0] + (opened & -opened), NEVER)
     tokens = request.v.shape[1]

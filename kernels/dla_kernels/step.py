@@ -1,6 +1,7 @@
 """dla_step: one token on the fixed-size cache (design sections 2 and 7), batched over sequences at different fill.
 
-The same rules as the token loop, decided from the cache alone and written back in place. Boundaries are hard: this is inference.
+The same rules as the token loop, decided from the cache alone and written back in place. Boundaries are hard: this is
+inference.
 """
 
 from __future__ import annotations
@@ -17,14 +18,32 @@ from dla_kernels.memory.reference import token_score
 
 
 @torch.no_grad()
-def dla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, read_weights: Tensor,
-             tau: Tensor | float, cache: MergeCache, policy: str = "dla", drift: str = "token", capacity_rule: str = "density",
-             interval: int = 64, closed_slots: str = "transition", scale: float | None = None, rho: Tensor | None = None,
-             kappa: Tensor | None = None, gain: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
-    """One token per sequence: q, k [B,Hk,K], v [B,H,V], log_decay, beta [B,H] -> o [B,H,V] in v's dtype; updates `cache` in place.
+def dla_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None = None,
+    *,
+    read_weights: Tensor,
+    tau: Tensor | float,
+    cache: MergeCache,
+    policy: str = "dla",
+    drift: str = "token",
+    capacity_rule: str = "density",
+    interval: int = 64,
+    closed_slots: str = "transition",
+    scale: float | None = None,
+    rho: Tensor | None = None,
+    kappa: Tensor | None = None,
+    gain: Tensor | None = None,
+    sharpness: Tensor | None = None,
+) -> Tensor:
+    """One token per sequence: q, k [B,Hk,K], v [B,H,V], log_decay, beta [B,H] -> o [B,H,V] in v's dtype; updates
+    `cache` in place.
 
-    read_weights [B,H,S] is the slot form by recency rank; with rho, kappa [B,Hk or H,R], gain and sharpness [H] content reading
-    is added once the token is written. Options as in plan_memory and dla_attention.
+    read_weights [B,H,S] is the slot form by recency rank; with rho, kappa [B,Hk or H,R], gain and sharpness [H]
+    content reading is added once the token is written. Options as in plan_memory and dla_attention.
     """
     heads = v.shape[1]
     dtype = cache.states.dtype
@@ -51,7 +70,13 @@ def dla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | 
     cache.position += 1
     weights = read_weights.to(dtype)
     rank = newest[..., None] - torch.arange(cache.slots, device=v.device)
-    if rho is not None and kappa is not None and gain is not None and sharpness is not None and cache.key_sums is not None:
+    if (
+        rho is not None
+        and kappa is not None
+        and gain is not None
+        and sharpness is not None
+        and cache.key_sums is not None
+    ):
         keys = kappa.repeat_interleave(heads // kappa.shape[1], dim=1).to(dtype)
         cache.key_sums += is_open[..., None] * keys[:, :, None]
         query = rho.repeat_interleave(heads // rho.shape[1], dim=1).to(dtype)
@@ -71,7 +96,9 @@ def _opens(policy: str, score: Tensor, tau: Tensor | float, cache: MergeCache, i
         return position % interval == 0
     if policy == "log_linear" and cache.slots > 1:
         if int(position.max()) >= 2 ** (cache.slots - 1):
-            raise ValueError(f"a log_linear cache of {cache.slots} slots holds {2 ** (cache.slots - 1)} tokens; it is full")
+            raise ValueError(
+                f"a log_linear cache of {cache.slots} slots holds {2 ** (cache.slots - 1)} tokens; it is full"
+            )
         return torch.ones_like(score, dtype=torch.bool)
     if policy in ("single", "dla", "fixed", "log_linear"):
         return torch.zeros_like(score, dtype=torch.bool)
@@ -96,11 +123,16 @@ def _make_room(cache: MergeCache, boundary: Tensor, policy: str, rule: str) -> N
     fill = torch.where(cache.fill > 0, target.gather(-1, (cache.fill - 1).clamp_min(0)[..., None])[..., 0] + 1, 0)
     for tensor in (cache.counts, cache.scores, cache.states, cache.key_sums):
         if tensor is not None:
-            spread = joined.transpose(-1, -2).to(tensor.dtype) @ tensor.flatten(3) if tensor.dim() > 3 else (
-                joined.to(tensor.dtype) * tensor[..., None]).sum(-2)
+            spread = (
+                joined.transpose(-1, -2).to(tensor.dtype) @ tensor.flatten(3)
+                if tensor.dim() > 3
+                else (joined.to(tensor.dtype) * tensor[..., None]).sum(-2)
+            )
             tensor.copy_(spread.view_as(tensor))
     survivor = torch.where(slot < cache.fill[..., None], slot, -1)
-    oldest = torch.full_like(slot, cache.slots).scatter_reduce(-1, target, torch.where(survivor < 0, cache.slots, survivor), "amin")
+    oldest = torch.full_like(slot, cache.slots).scatter_reduce(
+        -1, target, torch.where(survivor < 0, cache.slots, survivor), "amin"
+    )
     gates = torch.cat([cache.gates, torch.ones_like(cache.gates[..., :1])], dim=-1).gather(-1, oldest)
     cache.gates.copy_(gates)
     cache.fill.copy_(fill + boundary.to(fill.dtype))

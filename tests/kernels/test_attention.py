@@ -33,11 +33,21 @@ def test_chunkwise_outputs_states_and_gradients_equal_the_token_loop(backbone, p
     for options in ({"backend": "recurrent"}, {"chunk_size": 8}, {"chunk_size": 64}):
         leaves = [x.clone().requires_grad_() for x in (*case.all, weights) if x is not None]
         beta = leaves[4] if case.beta is not None else None
-        o, cache = dk.dla_attention(*leaves[:4], beta, read_weights=leaves[-1], plan=plan, closed_slots=closed,
-                                    return_cache=True, **options)
+        o, cache = dk.dla_attention(
+            *leaves[:4], beta, read_weights=leaves[-1], plan=plan, closed_slots=closed, return_cache=True, **options
+        )
         (o.square().sum() + cache.states.sin().sum()).backward()
         results.append([o.detach(), cache.states.detach(), *(x.grad for x in leaves)])
-    names = ["o", "states", "dq", "dk", "dv", "dlog_decay", *(["dbeta"] if case.beta is not None else []), "dread_weights"]
+    names = [
+        "o",
+        "states",
+        "dq",
+        "dk",
+        "dv",
+        "dlog_decay",
+        *(["dbeta"] if case.beta is not None else []),
+        "dread_weights",
+    ]
     for other in results[1:]:
         for name, expected, actual in zip(names, results[0], other, strict=True):
             assert_close(name, actual, expected)
@@ -115,8 +125,9 @@ def test_one_slot_a_token_is_the_weighted_mixing_matrix(backbone):
     probe = make_case(backbone, batch=1, tokens=20, heads=1)
     probe.v = unit
     mixing = single_state(probe)[0, :, 0]
-    by_token = torch.stack([torch.stack([weights[0, t, 0, t - s] if s <= t else torch.tensor(0.0) for s in range(20)])
-                            for t in range(20)])
+    by_token = torch.stack(
+        [torch.stack([weights[0, t, 0, t - s] if s <= t else torch.tensor(0.0) for s in range(20)]) for t in range(20)]
+    )
     assert_close("o", o[0, :, 0], (mixing * by_token) @ case.v[0, :, 0])
 
 

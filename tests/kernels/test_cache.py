@@ -15,8 +15,16 @@ def run(case, policy, closed, weights, *, cache=None, cu_seqlens=None, **options
     plan = dk.plan_memory(*case.keys, **plan_options(policy), cache=cache, cu_seqlens=cu_seqlens, **options)
     affinity = dk.slot_affinity(case.q, case.k, plan, cache=cache, **options)
     read = dk.content_read_weights(weights, affinity, **{name: x.double() for name, x in ROUTING.items()})
-    return dk.dla_attention(*case.all, read_weights=read, plan=plan, closed_slots=closed, routing_keys=case.k, cache=cache,
-                            return_cache=True, **options)
+    return dk.dla_attention(
+        *case.all,
+        read_weights=read,
+        plan=plan,
+        closed_slots=closed,
+        routing_keys=case.k,
+        cache=cache,
+        return_cache=True,
+        **options,
+    )
 
 
 def weights_for(case, policy):
@@ -26,8 +34,15 @@ def weights_for(case, policy):
 
 def empty_cache(case, policy, dtype=torch.float64):
     batch, _, heads, value_dim = case.v.shape
-    return dk.MergeCache.empty(batch, heads, plan_options(policy)["capacity"], case.k.shape[-1], value_dim,
-                               routing_dim=case.k.shape[-1], dtype=dtype)
+    return dk.MergeCache.empty(
+        batch,
+        heads,
+        plan_options(policy)["capacity"],
+        case.k.shape[-1],
+        value_dim,
+        routing_dim=case.k.shape[-1],
+        dtype=dtype,
+    )
 
 
 def assert_same_cache(actual: dk.MergeCache, expected: dk.MergeCache) -> None:
@@ -67,8 +82,18 @@ def test_decoding_token_by_token_equals_the_whole_sequence(backbone, policy, clo
     outputs = []
     for t in range(45):
         now = case.map(lambda x, t=t: x[:, t])
-        outputs.append(dk.dla_step(*now.all, read_weights=weights[:, t], cache=cache, closed_slots=closed, rho=now.q,
-                                   kappa=now.k, **{name: x.double() for name, x in ROUTING.items()}, **options))
+        outputs.append(
+            dk.dla_step(
+                *now.all,
+                read_weights=weights[:, t],
+                cache=cache,
+                closed_slots=closed,
+                rho=now.q,
+                kappa=now.k,
+                **{name: x.double() for name, x in ROUTING.items()},
+                **options,
+            )
+        )
     assert_close("o", torch.stack(outputs, 1), whole)
     assert_same_cache(cache, expected)
     assert pointers == [cache.states.data_ptr(), cache.scores.data_ptr()], "the cache is updated in place"
@@ -84,8 +109,10 @@ def test_decoding_agrees_under_every_drift_and_capacity_rule(drift, rule):
     whole = dk.dla_attention(*case.all, read_weights=weights, plan=plan)
     cache = empty_cache(case, "dla")
     options.pop("capacity")
-    outputs = [dk.dla_step(*case.map(lambda x, t=t: x[:, t]).all, read_weights=weights[:, t], cache=cache, **options)
-               for t in range(45)]
+    outputs = [
+        dk.dla_step(*case.map(lambda x, t=t: x[:, t]).all, read_weights=weights[:, t], cache=cache, **options)
+        for t in range(45)
+    ]
     assert_close("o", torch.stack(outputs, 1), whole)
 
 
@@ -97,9 +124,13 @@ def test_decoding_goes_on_from_a_prefilled_batch_at_different_fill(policy):
     lengths, caches = (9, 30), []
     for row, length in enumerate(lengths):
         part = case.rows(row, 0, length)
-        caches.append(run(part, policy, "transition", weights[row:row + 1, :length])[1])
-    joined = dk.MergeCache(**{name: torch.cat([getattr(c, name) for c in caches])
-                              for name in ("states", "counts", "scores", "gates", "fill", "position", "key_sums")})
+        caches.append(run(part, policy, "transition", weights[row : row + 1, :length])[1])
+    joined = dk.MergeCache(
+        **{
+            name: torch.cat([getattr(c, name) for c in caches])
+            for name in ("states", "counts", "scores", "gates", "fill", "position", "key_sums")
+        }
+    )
     options = plan_options(policy)
     options.pop("capacity")
     now = make_case("gated_deltanet", seed=9, tokens=1).map(lambda x: x[:, 0])
@@ -110,8 +141,8 @@ def test_decoding_goes_on_from_a_prefilled_batch_at_different_fill(policy):
 
     both = step(now, joined, weights[:, 0])
     for row in range(2):
-        alone = step(now.map(lambda x, row=row: x[row:row + 1]), caches[row], weights[row:row + 1, 0])
-        assert_close("o", both[row:row + 1], alone)
+        alone = step(now.map(lambda x, row=row: x[row : row + 1]), caches[row], weights[row : row + 1, 0])
+        assert_close("o", both[row : row + 1], alone)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -124,11 +155,15 @@ def test_packed_documents_equal_documents_alone(backbone, policy, closed):
     edges = PACKED.tolist()
     for begin, end in zip(edges, edges[1:], strict=False):
         row, a, b = begin // 45, begin % 45, begin % 45 + end - begin
-        alone, last = run(case.rows(row, a, b), policy, closed, weights[row:row + 1, a:b])
-        assert_close("o", packed[row:row + 1, a:b], alone)
+        alone, last = run(case.rows(row, a, b), policy, closed, weights[row : row + 1, a:b])
+        assert_close("o", packed[row : row + 1, a:b], alone)
         if b == 45:
-            one = dk.MergeCache(**{name: getattr(cache, name)[row:row + 1] for name in
-                                   ("states", "counts", "scores", "gates", "fill", "position", "key_sums")})
+            one = dk.MergeCache(
+                **{
+                    name: getattr(cache, name)[row : row + 1]
+                    for name in ("states", "counts", "scores", "gates", "fill", "position", "key_sums")
+                }
+            )
             assert_same_cache(one, last)
 
 
@@ -184,7 +219,9 @@ def test_the_initial_states_of_a_cache_get_gradients():
     plan = dk.plan_memory(*case.tokens(20, 45).keys, **plan_options("dla"), cache=cache)
     grads = []
     for backend in ("torch", "recurrent"):
-        o = dk.dla_attention(*case.tokens(20, 45).all, read_weights=weights[:, 20:], plan=plan, cache=cache, backend=backend)
+        o = dk.dla_attention(
+            *case.tokens(20, 45).all, read_weights=weights[:, 20:], plan=plan, cache=cache, backend=backend
+        )
         grads.append(torch.autograd.grad(o.square().sum(), cache.states)[0])
     assert_close("d initial states", grads[1], grads[0])
 

@@ -31,7 +31,7 @@ def test_a_carried_window_continues_the_convolution(split):
     whole = dk.short_conv(x, weight)
     window = dk.conv_window(x[:, :1], 4)
     for t in range(1, split):
-        window = dk.conv_window(x[:, t:t + 1], 4, history=window)
+        window = dk.conv_window(x[:, t : t + 1], 4, history=window)
     positions = torch.arange(split, 9).expand(2, -1)
     rest = dk.short_conv(x[:, split:], weight, positions=positions, history=window)
     assert_close("y", rest, whole[:, split:])

@@ -1,4 +1,5 @@
-"""The planner: scores, boundaries, merges; the chunkwise form against the token loop and against the text of the paper."""
+"""The planner: scores, boundaries, merges; the chunkwise form against the token loop and against the text of the
+paper."""
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_score_is_the_distance_of_rms_normalised_writes():
 
 
 def test_merges_of_a_worked_example():
-    """Scores 0, 2, 1, 0.5, 2 at tau 0.4, capacity 3: every token opens a slot; sums of pairs decide, the oldest pair on ties."""
+    """Scores 0, 2, 1, 0.5, 2 at tau 0.4, capacity 3: every token opens a slot; sums of pairs decide, the oldest pair
+    on ties."""
     from dla_kernels.memory.merging import capacity_merges
     from dla_kernels.memory.reference import recurrent_merges
 
@@ -64,9 +66,18 @@ def test_merges_of_a_worked_example():
     every = torch.ones(1, 1, 6, dtype=torch.bool)
     none = torch.zeros(1, 1, 3, dtype=torch.int64)
     for merges_of in (capacity_merges, recurrent_merges):
-        merges = merges_of(every, score, torch.zeros(1, 6, dtype=torch.int64), capacity=3, rule="density", carried_start=none,
-                           carried_scores=none.double(), carried_fill=none[..., 0])
-        # t=3: pairs {0},{1}: 2/2 and {1},{2}: 3/2 -> 0. t=4: {0,1},{2}: 3/3; {2},{3}: 1.5/2 -> 1. t=5: {01},{23}: 3.5/4; {23},{4}: 3.5/3 -> 0
+        merges = merges_of(
+            every,
+            score,
+            torch.zeros(1, 6, dtype=torch.int64),
+            capacity=3,
+            rule="density",
+            carried_start=none,
+            carried_scores=none.double(),
+            carried_fill=none[..., 0],
+        )
+        # t=3: pairs {0},{1}: 2/2 and {1},{2}: 3/2 -> 0. t=4: {0,1},{2}: 3/3; {2},{3}: 1.5/2 -> 1. t=5:
+        # {01},{23}: 3.5/4; {23},{4}: 3.5/3 -> 0
         assert merges.merged.flatten().tolist() == [-1, -1, -1, 0, 1, 0]
         assert merges.death.flatten().tolist()[1:4] == [3, 5, 4]
 
@@ -160,15 +171,18 @@ def test_thresholds_may_differ_by_head():
     assert plan.boundary[..., 1].sum() == 2
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"policy": "dlaa"}, "policy='dlaa'"),
-    ({"drift": "tok"}, "drift='tok'"),
-    ({"capacity_rule": "newest"}, "capacity_rule='newest'"),
-    ({"capacity": 0}, "capacity=0"),
-    ({"backend": "cuda"}, "backend='cuda'"),
-    ({"cu_seqlens": torch.tensor([0, 7, 7, 90])}, "rise strictly"),
-    ({"cu_seqlens": torch.tensor([0, 7])}, "end at B\\*T=90"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"policy": "dlaa"}, "policy='dlaa'"),
+        ({"drift": "tok"}, "drift='tok'"),
+        ({"capacity_rule": "newest"}, "capacity_rule='newest'"),
+        ({"capacity": 0}, "capacity=0"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"cu_seqlens": torch.tensor([0, 7, 7, 90])}, "rise strictly"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, "end at B\\*T=90"),
+    ],
+)
 def test_a_wrong_option_is_named(change, message):
     case = make_case("mamba2")
     with pytest.raises(ValueError, match=message):

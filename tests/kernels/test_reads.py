@@ -65,7 +65,9 @@ def test_a_plan_without_score_gradients_says_how_to_get_them():
 
 
 def soft_layer(case, weights, tau, temperature, gate="soft", **options):
-    plan = dk.plan_memory(*(None if x is None else x.detach() for x in case.keys), tau=0.9, capacity=4, score_gradients=True)
+    plan = dk.plan_memory(
+        *(None if x is None else x.detach() for x in case.keys), tau=0.9, capacity=4, score_gradients=True
+    )
     score = dk.boundary_score(case.k, case.v, plan)
     gates = dk.boundary_gate(score, plan, tau=tau, temperature=temperature, gate=gate)
     return plan, gates, dk.dla_attention(*case.all, read_weights=weights, plan=plan, gates=gates, **options)
@@ -106,10 +108,13 @@ def test_gates_pass_through_a_carried_cache():
     weights = torch.rand(2, 45, 2, 4, dtype=torch.float64)
     plan, gates, whole = soft_layer(case, weights, 1.0, 0.3)
     first = dk.plan_memory(*case.tokens(0, 20).keys, tau=0.9, capacity=4)
-    a, cache = dk.dla_attention(*case.tokens(0, 20).all, read_weights=weights[:, :20], plan=first, gates=gates[:, :20],
-                                return_cache=True)
+    a, cache = dk.dla_attention(
+        *case.tokens(0, 20).all, read_weights=weights[:, :20], plan=first, gates=gates[:, :20], return_cache=True
+    )
     second = dk.plan_memory(*case.tokens(20, 45).keys, tau=0.9, capacity=4, cache=cache)
-    b = dk.dla_attention(*case.tokens(20, 45).all, read_weights=weights[:, 20:], plan=second, gates=gates[:, 20:], cache=cache)
+    b = dk.dla_attention(
+        *case.tokens(20, 45).all, read_weights=weights[:, 20:], plan=second, gates=gates[:, 20:], cache=cache
+    )
     assert_close("o", torch.cat([a, b], 1), whole)
 
 

@@ -1,14 +1,16 @@
 """Chunk operators of a backbone (design section 5): everything mixing needs to know of it.
 
-With T = (I + strictlower(erase_i k_i.k_j e^(G_i-G_j)))^-1 diag(write), Wy = T diag(e^G) K and A = lower((q.k) e^(G_i-G_j)):
+With T = (I + strictlower(erase_i k_i.k_j e^(G_i-G_j)))^-1 diag(write), Wy = T diag(e^G) K and A = lower((q.k)
+e^(G_i-G_j)):
 
     mixing [C,C] = A T      query [C,K] = e^G q - A Wy      key_end [C,K] = T^T (e^(G_C-G) k)
     transition [K,K] = e^(G_C) I - (e^(G_C-G) k)^T Wy
 
-Without erasing T and Wy vanish. Decays are formed as exp(G_i - G_j), never as quotients, which would overflow. With closed slots
-frozen, a token's decay stops where its segment ends, T is masked to pairs of one segment (the inverse of a trailing block of a
-unit lower triangular matrix is the trailing block of the inverse, so one T serves every segment), closed slots are read with q
-itself and only the slot that entered the chunk open is transitioned, up to its own end.
+Without erasing T and Wy vanish. Decays are formed as exp(G_i - G_j), never as quotients, which would overflow. With
+closed slots frozen, a token's decay stops where its segment ends, T is masked to pairs of one segment (the inverse of
+a trailing block of a unit lower triangular matrix is the trailing block of the inverse, so one T serves every
+segment), closed slots are read with q itself and only the slot that entered the chunk open is transitioned, up to its
+own end.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChunkOperators:
-    """What a chunk does to tokens and states; all [B, H, N, ...]. A transition is [1, 1] (a decay), [K, K], or None (identity)."""
+    """What a chunk does to tokens and states; all [B, H, N, ...]. A transition is [1, 1] (a decay), [K, K], or None
+    (identity)."""
 
     mixing: Tensor
     """[C, C]: o_t gets mixing[t, l] v_l for every l <= t."""
@@ -56,8 +59,15 @@ def causal_decay(reader: Tensor, writer: Tensor, *, strict: bool = False) -> Ten
     return exponent.exp()
 
 
-def chunk_operators(q: Tensor, k: Tensor, log_decay: Tensor, erase: Tensor | None, write: Tensor | None, *,
-                    frozen_after: Tensor | None = None) -> ChunkOperators:
+def chunk_operators(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor,
+    erase: Tensor | None,
+    write: Tensor | None,
+    *,
+    frozen_after: Tensor | None = None,
+) -> ChunkOperators:
     """Operators of q, k [B,H,N,C,K] and log_decay, erase, write [B,H,N,C].
 
     frozen_after: boundaries [B,H,N,C] bool when closed slots are frozen, None when they keep their transitions.
@@ -69,17 +79,30 @@ def chunk_operators(q: Tensor, k: Tensor, log_decay: Tensor, erase: Tensor | Non
     return _frozen(q, k, cum, matrix, frozen_after)
 
 
-def _with_transitions(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None) -> ChunkOperators:
-    attention = (q @ k.transpose(-1, -2)) * causal_decay(cum, cum)
+def erased_keys(k: Tensor, cum: Tensor, matrix: Tensor) -> Tensor:
+    """Wy = T diag(e^G) K: what the chunk's tokens erase of a state it began with, [.., C, K]."""
+    return matrix @ (cum.exp()[..., None] * k)
+
+
+def carry_operators(k: Tensor, cum: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(key_end [.., C, K], transition [.., 1, 1] or [.., K, K]) of k [.., C, K] and cum = G [.., C]; T None: no
+    erasing."""
     to_end = (cum[..., -1:] - cum).exp()[..., None] * k
-    query = cum.exp()[..., None] * q
     whole = cum[..., -1].exp()[..., None, None]
     if matrix is None:
-        return ChunkOperators(attention, query, query, to_end, whole, whole)
-    erased = matrix @ (cum.exp()[..., None] * k)
-    query = query - attention @ erased
-    whole = whole * _identity(k) - to_end.transpose(-1, -2) @ erased
-    return ChunkOperators(attention @ matrix, query, query, matrix.transpose(-1, -2) @ to_end, whole, whole)
+        return to_end, whole
+    whole = whole * _identity(k) - to_end.transpose(-1, -2) @ erased_keys(k, cum, matrix)
+    return matrix.transpose(-1, -2) @ to_end, whole
+
+
+def _with_transitions(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None) -> ChunkOperators:
+    attention = (q @ k.transpose(-1, -2)) * causal_decay(cum, cum)
+    query = cum.exp()[..., None] * q
+    key_end, whole = carry_operators(k, cum, matrix)
+    if matrix is not None:
+        query = query - attention @ erased_keys(k, cum, matrix)
+        attention = attention @ matrix
+    return ChunkOperators(attention, query, query, key_end, whole, whole)
 
 
 def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: Tensor) -> ChunkOperators:
@@ -99,7 +122,7 @@ def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: 
     if matrix is None:
         return ChunkOperators(attention, q, query_open, to_end, None, whole_open)
     matrix = matrix * same
-    erased = (matrix @ (cum.exp()[..., None] * k)) * entered_open[..., None]
+    erased = erased_keys(k, cum, matrix) * entered_open[..., None]
     query_open = query_open - attention @ erased
     whole_open = whole_open * _identity(k) - (to_end * entered_open[..., None]).transpose(-1, -2) @ erased
     return ChunkOperators(attention @ matrix, q, query_open, matrix.transpose(-1, -2) @ to_end, None, whole_open)

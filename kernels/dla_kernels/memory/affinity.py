@@ -1,7 +1,7 @@
 """Slot affinity for content reading (design section 2.5): rho_t . (mean routing key of each live slot).
 
-Sums of routing keys and token counts add under merges, so they pass from chunk to chunk like states do; inside a chunk a C x C
-product is summed by recency rank. A mean, not a sum: long slots would otherwise drown short ones.
+Sums of routing keys and token counts add under merges, so they pass from chunk to chunk like states do; inside a chunk
+a C x C product is summed by recency rank. A mean, not a sum: long slots would otherwise drown short ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dla_kernels.plan import MemoryPlan
 
 
 def chunk_affinity(rho: Tensor, kappa: Tensor, plan: MemoryPlan, key_sums: Tensor | None, chunk: int) -> Tensor:
-    """[B, H, T, S] by recency rank, -inf where no slot; rho, kappa [B, H, T, R], key_sums [B, H, S, R] of a carried cache."""
+    """[B, H, T, S] by recency rank, -inf where no slot; rho, kappa [B, H, T, R], key_sums [B, H, S, R] of a carried
+    cache."""
     slots = chunk_slots(plan, chunk)
     queries, keys = to_chunks(rho, chunk), to_chunks(kappa, chunk)
     sums = carried_key_sums(keys, slots, plan.capacity, key_sums)[:, :, :-1]
@@ -34,10 +35,10 @@ def carried_key_sums(keys: Tensor, slots: ChunkSlots, capacity: int, key_sums: T
     sums = keys.new_zeros(size) if key_sums is None else key_sums.to(keys.dtype)
     column = torch.arange(capacity, device=keys.device)
     rows = [sums]
-    for n in range(keys.shape[2]):
-        joined = (slots.end_of_slot[:, :, n, :, None] == column).to(keys.dtype)
-        landed = (slots.end_of_token[:, :, n, :, None] == column).to(keys.dtype)
-        sums = joined.transpose(-1, -2) @ sums + landed.transpose(-1, -2) @ keys[:, :, n]
+    landed = (slots.end_of_token[..., None] == column).to(keys.dtype)
+    joined = (slots.end_of_slot[..., None] == column).to(keys.dtype)
+    for join, new in zip(joined.unbind(2), (landed.transpose(-1, -2) @ keys).unbind(2), strict=True):
+        sums = join.transpose(-1, -2) @ sums + new
         rows.append(sums)
     return torch.stack(rows, dim=2)
 

@@ -1,8 +1,8 @@
 """MergeCache: the fixed-size memory of one layer between calls (docs/dla.md, section 7).
 
-Preallocated; its bytes are a formula of the configuration and never of the context. Slots lie oldest first; slots at or beyond
-`fill` are unused and zero. Slot scores are float64: sums of equal float32 scores are then exact, so that ties between merge
-candidates resolve alike in every implementation and order of summation.
+Preallocated; its bytes are a formula of the configuration and never of the context. Slots lie oldest first; slots at
+or beyond `fill` are unused and zero. Slot scores are float64: sums of equal float32 scores are then exact, so that
+ties between merge candidates resolve alike in every implementation and order of summation.
 """
 
 from __future__ import annotations
@@ -36,10 +36,22 @@ class MergeCache:
     """[B, channels, W-1]: last inputs of the short convolution, oldest first."""
 
     @classmethod
-    def empty(cls, batch: int, heads: int, slots: int, key_dim: int, value_dim: int, *, routing_dim: int = 0,
-              conv_channels: int = 0, conv_width: int = 0, dtype: torch.dtype = torch.float32,
-              device: torch.device | str | None = None) -> MergeCache:
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        slots: int,
+        key_dim: int,
+        value_dim: int,
+        *,
+        routing_dim: int = 0,
+        conv_channels: int = 0,
+        conv_width: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> MergeCache:
         """An empty cache. `dtype` is that of states, gates and sums (float64 for reference checks)."""
+
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -55,8 +67,16 @@ class MergeCache:
         )
 
     @staticmethod
-    def nbytes_of(batch: int, heads: int, slots: int, key_dim: int, value_dim: int, routing_dim: int = 0,
-                  conv_channels: int = 0, conv_width: int = 0) -> int:
+    def nbytes_of(
+        batch: int,
+        heads: int,
+        slots: int,
+        key_dim: int,
+        value_dim: int,
+        routing_dim: int = 0,
+        conv_channels: int = 0,
+        conv_width: int = 0,
+    ) -> int:
         """Bytes of a float32 cache of this shape: B*(H*S*(4*(K*V + R + 1) + 16) + 8*H + 8 + 4*channels*(W-1))."""
         per_slot = 4 * (key_dim * value_dim + routing_dim + 1) + 16
         window = 4 * conv_channels * max(conv_width - 1, 0)
@@ -82,7 +102,8 @@ class MergeCache:
             tensor.fill_(1 if name == "gates" else 0)
 
     def slot_starts(self) -> Tensor:
-        """[B, H, S] int64: first token of each live slot relative to the next token (so -n for the newest); 0 unused."""
+        """[B, H, S] int64: first token of each live slot relative to the next token (so -n for the newest); 0
+        unused."""
         return -self.counts.flip(-1).cumsum(-1).flip(-1)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,21 +1,23 @@
 """Drift scores and boundaries by all-pairs tables (design section 6).
 
-If a segment opened at token a of a chunk, the score of token t needs p = S_[a,t)^T k_t only through p.v_t, |p|^2 and |S|^2, and
-all three follow for every pair (a, t) at once from C x C products. So the next boundary after every possible opening is known in
-parallel; what is sequential is one pass over chunks, which scores the segment that entered open against its state.
-Tables are indexed [t, a], t the scored token. Scores are float32: every backend compares the same rounded number with tau.
+If a segment opened at token a of a chunk, the score of token t needs p = S_[a,t)^T k_t only through p.v_t, |p|^2 and
+|S|^2, and all three follow for every pair (a, t) at once from C x C products. So the next boundary after every
+possible opening is known in parallel; what is sequential is one pass over chunks, which scores the segment that
+entered open against its state. Tables are indexed [t, a], t the scored token. Scores are float32: every backend
+compares the same rounded number with tau.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_kernels.backbones import gates_of
-from dla_kernels.backbones.operators import causal_decay, chunk_operators, write_matrix
+from dla_kernels.backbones.operators import apply_transition, carry_operators, causal_decay, erased_keys, write_matrix
 from dla_kernels.inputs import compute_dtype, heads_first, to_chunks
 from dla_kernels.memory.cache import MergeCache
 
@@ -62,8 +64,10 @@ class _Token:
         crossed = self.write * (1 - self.erase * self.key_norm) * m.value_match
         return 2 * decay * crossed - decay**2 * erased + self.write**2 * self.key_norm * self.value_norm
 
-    def at(self, where: tuple[slice | int | None, ...]) -> _Token:
-        return _Token(*(getattr(self, name)[where] for name in ("key_norm", "value_norm", "log_decay", "erase", "write")))
+    def at(self, where: tuple[Any, ...]) -> _Token:
+        return _Token(
+            *(getattr(self, name)[where] for name in ("key_norm", "value_norm", "log_decay", "erase", "write"))
+        )
 
 
 def drift_from_cosine(cosine: Tensor) -> Tensor:
@@ -83,8 +87,19 @@ def _cosine(token: _Token, m: _Moments, drift: str) -> Tensor:
     return torch.where(positive, inner * torch.where(positive, size, 1.0).rsqrt(), 0.0)
 
 
-def chunk_drift(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, document_start: Tensor, *, tau: Tensor, drift: str,
-                cache: MergeCache | None, chunk: int, gradients: bool) -> Drift:
+def chunk_drift(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    document_start: Tensor,
+    *,
+    tau: Tensor,
+    drift: str,
+    cache: MergeCache | None,
+    chunk: int,
+    gradients: bool,
+) -> Drift:
     """Score every token against the open state before it and open a slot where the score reaches tau [H]."""
     heads, dtype, tokens = v.shape[2], compute_dtype(k, v), v.shape[1]
 
@@ -103,11 +118,15 @@ def chunk_drift(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, do
         scores.append(score)
         boundaries.append(boundary)
     boundary, score = torch.stack(boundaries, 2), torch.stack(scores, 2).masked_fill(forced, 0.0)
+
+    def tokens_of(x: Tensor) -> Tensor:
+        return x.flatten(2, 3)[:, :, :tokens]
+
     grads = None
     if gradients:
-        both = scan.score_gradients(torch.stack(states, 2), boundary)
-        grads = tuple(g.flatten(2, 3)[:, :, :tokens] for g in both)
-    return Drift(score.flatten(2, 3)[:, :, :tokens], boundary.flatten(2, 3)[:, :, :tokens], grads)  # type: ignore[arg-type]
+        grad_k, grad_v = scan.score_gradients(torch.stack(states, 2), boundary)
+        grads = (tokens_of(grad_k), tokens_of(grad_v))
+    return Drift(tokens_of(score), tokens_of(boundary), grads)
 
 
 def _document_heads(document_start: Tensor, chunk: int) -> Tensor:
@@ -129,19 +148,22 @@ class _Scan:
         self.k, self.v, self.drift = k, v, drift
         erase, write = gates_of(beta)
         ones = torch.ones_like(log_decay)
-        self.token = _Token(k.square().sum(-1), v.square().sum(-1), log_decay,
-                            torch.zeros_like(ones) if erase is None else erase, ones if write is None else write)
+        self.token = _Token(
+            k.square().sum(-1),
+            v.square().sum(-1),
+            log_decay,
+            torch.zeros_like(ones) if erase is None else erase,
+            ones if write is None else write,
+        )
         cum = log_decay.cumsum(-1)
         self.cum_before, self.cum_end = cum - log_decay, cum[..., -1:]
-        # Keys take the queries' place: what token t reads with k_t before its own transition.
-        operators = chunk_operators(k, k, log_decay, erase, write)
-        self.key_end, self.whole = operators.key_end, operators.transition_open
+        self.matrix = write_matrix(k, cum, erase, write)
+        self.key_end, self.whole = carry_operators(k, cum, self.matrix)
         before = causal_decay(self.cum_before, cum, strict=True)
         recall = (k @ k.transpose(-1, -2)) * before
         self.key_open = self.cum_before.exp()[..., None] * k
-        self.matrix = write_matrix(k, cum, erase, write)
         if self.matrix is not None:
-            self.key_open = self.key_open - recall @ (self.matrix @ (cum.exp()[..., None] * k))
+            self.key_open = self.key_open - recall @ erased_keys(k, cum, self.matrix)
             recall = recall @ self.matrix
         self.recall = recall
         """[C, C]: S_[a,t)^T k_t = sum_{l >= a} recall[t, l] v_l."""
@@ -155,7 +177,8 @@ class _Scan:
         return self.k.new_zeros(batch, heads, self.k.shape[-1], self.v.shape[-1])
 
     def reachable_boundaries(self, tau: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
-        """For every opening a: the boundaries its walk passes through [B,H,N,a,t] bool; and scores [B,H,N,t,a] float32."""
+        """For every opening a: the boundaries its walk passes through [B,H,N,a,t] bool; and scores [B,H,N,t,a]
+        float32."""
         score = self._pair_scores()
         size = score.shape[-1]
         later = torch.ones(size, size, dtype=torch.bool, device=score.device).tril(-1)
@@ -176,16 +199,22 @@ class _Scan:
         norm = self.fade @ (token.next_norm_gain(moments) * opened)
         return drift_from_cosine(_cosine(token, _Moments(matched, recalled, norm), self.drift)).float()
 
-    def walk(self, n: int, state: Tensor, tau: Tensor, forced: Tensor, reached: Tensor,
-             table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and boundaries [B, H, C] of chunk n entered with open state [B, H, K, V]; and the open state it leaves."""
+    def walk(
+        self, n: int, state: Tensor, tau: Tensor, forced: Tensor, reached: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and boundaries [B, H, C] of chunk n entered with open state [B, H, K, V]; and the open state it
+        leaves."""
         here = (slice(None), slice(None), n)
         size = table.shape[-1]
         recalled = self.recalled_values[here] + self.key_open[here] @ state
-        moments = _Moments((recalled * self.v[here]).sum(-1), recalled.square().sum(-1), torch.zeros_like(recalled[..., 0]))
+        moments = _Moments(
+            (recalled * self.v[here]).sum(-1), recalled.square().sum(-1), torch.zeros_like(recalled[..., 0])
+        )
         token = self.token.at(here)
         entered = state.square().sum((-1, -2))[..., None]
-        norm = (2 * self.cum_before[here]).exp() * entered + (self.fade[here] @ token.next_norm_gain(moments)[..., None])[..., 0]
+        norm = (2 * self.cum_before[here]).exp() * entered + (
+            self.fade[here] @ token.next_norm_gain(moments)[..., None]
+        )[..., 0]
         moments = _Moments(moments.value_match, moments.recalled, norm)
         carried = drift_from_cosine(_cosine(token, moments, self.drift)).float()
 
@@ -202,11 +231,12 @@ class _Scan:
         newest = latest[..., -1:]
         kept = self.key_end[here] * (index >= newest)[..., None]
         unbroken = (newest < 0)[..., None].to(state.dtype)
-        moved = self.whole[here] * state if self.whole.shape[-1] == 1 else self.whole[here] @ state
+        moved = apply_transition(self.whole[here], state[..., None, :, :])[..., 0, :, :]
         return score, boundary, unbroken * moved + kept.transpose(-1, -2) @ self.v[here]
 
     def score_gradients(self, states: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor]:
-        """d score / d k and d score / d v of every token [B,H,N,C,K|V], S_open constant; states [B,H,N,K,V] enter the chunks."""
+        """d score / d k and d score / d v of every token [B,H,N,C,K|V], S_open constant; states [B,H,N,K,V] enter the
+        chunks."""
         segment = boundary.cumsum(-1)
         opened_in = segment - boundary.to(segment.dtype)
         in_open = segment[..., None, :] == opened_in[..., :, None]
@@ -223,13 +253,17 @@ class _Scan:
             square = recalled.square().sum(-1)
             if twice is not None:
                 square = square + ((k - self.k) * twice).sum(-1)
-            token = _Token(k.square().sum(-1), v.square().sum(-1), self.token.log_decay, self.token.erase, self.token.write)
+            token = _Token(
+                k.square().sum(-1), v.square().sum(-1), self.token.log_decay, self.token.erase, self.token.write
+            )
             score = drift_from_cosine(_cosine(token, _Moments(matched, square, size), self.drift))
             grads = torch.autograd.grad(score.sum(), (k, v))
         positive = (score.detach() > 0)[..., None]  # the root has no gradient at 0, where no boundary is either
         return torch.where(positive, grads[0], 0.0), torch.where(positive, grads[1], 0.0)
 
-    def _open_norm(self, states: Tensor, boundary: Tensor, in_open: Tensor, entered: Tensor, recalled: Tensor) -> Tensor:
+    def _open_norm(
+        self, states: Tensor, boundary: Tensor, in_open: Tensor, entered: Tensor, recalled: Tensor
+    ) -> Tensor:
         """|S_open|^2 before every token [B, H, N, C], for the segments that `boundary` makes."""
         going_on = (~boundary).to(states.dtype)
         matched = (recalled * self.v).sum(-1) * going_on
@@ -238,16 +272,18 @@ class _Scan:
         before = (2 * self.cum_before).exp() * states.square().sum((-1, -2))[..., None]
         return inside + entered[..., 0] * before
 
-    def _open_product(self, states: Tensor, segment: Tensor, in_open: Tensor,
-                      entered: Tensor) -> Callable[[Tensor], Tensor]:
-        """The map x_t [B,H,N,C,V] -> S_open(t) x_t [B,H,N,C,K], as S_open(t) = sum_i e^(G_(t-1)-G_i) k_i u_i^T + carried part."""
+    def _open_product(
+        self, states: Tensor, segment: Tensor, in_open: Tensor, entered: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """The map x_t [B,H,N,C,V] -> S_open(t) x_t [B,H,N,C,K], as S_open(t) = sum_i e^(G_(t-1)-G_i) k_i u_i^T +
+        carried part."""
         cum = self.token.log_decay.cumsum(-1)
         spread = causal_decay(self.cum_before, cum, strict=True) * in_open
         written = self.v
         if self.matrix is not None:
             own = self.matrix * (segment[..., :, None] == segment[..., None, :])
             first = (segment == 0).to(states.dtype)[..., None]
-            written = own @ self.v - first * ((own @ (cum.exp()[..., None] * self.k)) @ states)
+            written = own @ self.v - first * (erased_keys(self.k, cum, own) @ states)
         reach = entered * self.cum_before.exp()[..., None]
 
         def times(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Soft boundaries and content reading: from scores and affinities to read weights (design sections 2.5 and 2.6).
 
-A weak boundary reads as if its two slots were merged: w_0 = lambda_0, w_r = p_r lambda_r + (1 - p_r) w_(r-1), with p_r the gate
-of the boundary between the slots of ranks r and r-1. p = 1 is the hard rule, so inference needs none of this.
+A weak boundary reads as if its two slots were merged: w_0 = lambda_0, w_r = p_r lambda_r + (1 - p_r) w_(r-1), with p_r
+the gate of the boundary between the slots of ranks r and r-1. p = 1 is the hard rule, so inference needs none of this.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ class _PlannedScore(torch.autograd.Function):
 def boundary_score(k: Tensor, v: Tensor, plan: MemoryPlan) -> Tensor:
     """Drift I_t [B, T, H] at boundaries (0 elsewhere), differentiable in k [B,T,Hk,K] and v [B,T,H,V].
 
-    The open state is held constant (design section 2.6). Raises ValueError if the plan was made without `score_gradients`.
+    The open state is held constant (design section 2.6). Raises ValueError if the plan was made without
+    `score_gradients`.
     """
     if plan.score_gradients is None:
         raise ValueError("the plan holds no score gradients; make it with plan_memory(..., score_gradients=True)")
     score = torch.where(plan.boundary, plan.score, 0.0)
     grad_k, grad_v = (torch.where(plan.boundary[..., None], g, 0.0) for g in plan.score_gradients)
-    result: Tensor = _PlannedScore.apply(k, v, score, grad_k, grad_v, v.shape[2] // k.shape[2])  # type: ignore[no-untyped-call]
+    result: Tensor = _PlannedScore.apply(k, v, score, grad_k, grad_v, v.shape[2] // k.shape[2])
     return result
 
 
-def boundary_gate(score: Tensor, plan: MemoryPlan, *, tau: Tensor | float, temperature: float, gate: str = "soft") -> Tensor:
+def boundary_gate(
+    score: Tensor, plan: MemoryPlan, *, tau: Tensor | float, temperature: float, gate: str = "soft"
+) -> Tensor:
     """p = sigmoid((I - tau) / temperature) [B, T, H] at boundaries, 1 elsewhere and at a document's first token.
 
     tau: [H] or a float. gate: `soft`; `straight_through` has the value 1 and the soft gate's gradient.
@@ -63,9 +66,13 @@ def boundary_gate(score: Tensor, plan: MemoryPlan, *, tau: Tensor | float, tempe
     return torch.where(inner, soft, 1.0)
 
 
-def gate_read_weights(weights: Tensor, gates: Tensor, plan: MemoryPlan, carried_gates: Tensor | None, chunk: int) -> Tensor:
+def gate_read_weights(
+    weights: Tensor, gates: Tensor, plan: MemoryPlan, carried_gates: Tensor | None, chunk: int
+) -> Tensor:
     """Apply the gates [B, H, T] of boundaries to read weights [B, H, T, S] by recency rank."""
-    carried = torch.ones_like(plan.carried_start, dtype=gates.dtype) if carried_gates is None else carried_gates.to(gates)
+    carried = (
+        torch.ones_like(plan.carried_start, dtype=gates.dtype) if carried_gates is None else carried_gates.to(gates)
+    )
     # Between ranks r and r-1 lies the boundary that starts slot r-1: hence the shift by one rank.
     between = chunk_slots(plan, chunk).boundary_values_by_rank(gates, carried, shift=1, fill=1.0)
     gated = [weights[..., 0]]
@@ -78,7 +85,8 @@ def gate_read_weights(weights: Tensor, gates: Tensor, plan: MemoryPlan, carried_
 def content_read_weights(slot_weights: Tensor, affinity: Tensor, *, gain: Tensor, sharpness: Tensor) -> Tensor:
     """slot + gain_h * softmax(sharpness_h * affinity | null slot): [..., H, S] each, gain and sharpness [H].
 
-    The null slot (logit 0) takes the weight no live slot earns. Dead slots (-inf) get no content weight. Source: design 2.5.
+    The null slot (logit 0) takes the weight no live slot earns. Dead slots (-inf) get no content weight. Source:
+    design 2.5.
     """
     logits = sharpness[:, None] * affinity.masked_fill(affinity == float("-inf"), torch.finfo(affinity.dtype).min / 1e4)
     shares = F.softmax(F.pad(logits, (0, 1)), dim=-1)[..., :-1]
@@ -88,8 +96,9 @@ def content_read_weights(slot_weights: Tensor, affinity: Tensor, *, gain: Tensor
 def log_linear_levels(positions: Tensor, slots: int, levels: int) -> Tensor:
     """Fenwick level of the slot of every recency rank: [..., slots] int64, clamped to the last trained level.
 
-    The slot of level l > 0 exists at position t iff bit l-1 of t is set, and lower bits are newer: rank r > 0 is the r-th set
-    bit. Level of token s at t is the bit length of t xor s (arXiv 2506.04761). Ranks without a slot hold the last level.
+    The slot of level l > 0 exists at position t iff bit l-1 of t is set, and lower bits are newer: rank r > 0 is the
+    r-th set bit. Level of token s at t is the bit length of t xor s (arXiv 2506.04761). Ranks without a slot hold the
+    last level.
     """
     bits = torch.arange(62, device=positions.device)
     is_set = (positions[..., None] >> bits) & 1

@@ -1,9 +1,10 @@
 """Capacity: which boundaries die, and when (design section 2.3).
 
-The walk needs the scores alone, no state. A slot is the stretch between two live boundaries, so its token count and its score
-sum are differences of positions and of prefix sums, and merging the pair (i, i+1) is removing boundary i+1 from a list of at
-most K. All (sequence, head, document) lists are walked in lockstep, one boundary of each at a time. Prefix sums and densities
-are float64: sums of equal float32 scores are exact there, so that ties fall to the oldest pair in every implementation.
+The walk needs the scores alone, no state. A slot is the stretch between two live boundaries, so its token count and
+its score sum are differences of positions and of prefix sums, and merging the pair (i, i+1) is removing boundary i+1
+from a list of at most K. All (sequence, head, document) lists are walked in lockstep, one boundary of each at a time.
+Prefix sums and densities are float64: sums of equal float32 scores are exact there, so that ties fall to the oldest
+pair in every implementation.
 """
 
 from __future__ import annotations
@@ -31,12 +32,22 @@ class Merges:
 
 
 def random_pair(position: Tensor, pairs: int) -> Tensor:
-    """The pair that rule `random` merges at a token: a hash of its position, so that a recomputation or a step agrees."""
+    """The pair that rule `random` merges at a token: a hash of its position, so that a recomputation or a step
+    agrees."""
     return ((position * 2654435761) % 4294967296 >> 12) % pairs
 
 
-def capacity_merges(boundary: Tensor, score: Tensor, document_start: Tensor, *, capacity: int, rule: str,
-                    carried_start: Tensor, carried_scores: Tensor, carried_fill: Tensor) -> Merges:
+def capacity_merges(
+    boundary: Tensor,
+    score: Tensor,
+    document_start: Tensor,
+    *,
+    capacity: int,
+    rule: str,
+    carried_start: Tensor,
+    carried_scores: Tensor,
+    carried_fill: Tensor,
+) -> Merges:
     """Deaths under `capacity` slots: boundary, score [B, H, T]; carried_* [B, H, S], carried_fill [B, H]."""
     if rule not in CAPACITY_RULES:
         raise ValueError(f"capacity_rule={rule!r} is not one of {', '.join(CAPACITY_RULES)}")
@@ -61,7 +72,8 @@ def capacity_merges(boundary: Tensor, score: Tensor, document_start: Tensor, *, 
 
 
 def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | None:
-    """Boundaries of every (sequence, head, document) with more than `capacity` of them: [lists, most] flat indices, -1 padded."""
+    """Boundaries of every (sequence, head, document) with more than `capacity` of them: [lists, most] flat indices, -1
+    padded."""
     flat = events.flatten().nonzero()[:, 0]
     if flat.numel() <= capacity:
         return None
@@ -81,9 +93,18 @@ def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | Non
     return lists
 
 
-def _walk(lists: Tensor, position: Tensor, prefix: Tensor, in_document: Tensor, capacity: int, rule: str, death: Tensor,
-          merged: Tensor) -> None:
-    """Append the boundaries of each list in turn, removing one whenever `capacity` are alive; fills death and merged."""
+def _walk(
+    lists: Tensor,
+    position: Tensor,
+    prefix: Tensor,
+    in_document: Tensor,
+    capacity: int,
+    rule: str,
+    death: Tensor,
+    merged: Tensor,
+) -> None:
+    """Append the boundaries of each list in turn, removing one whenever `capacity` are alive; fills death and
+    merged."""
     pad = lists < 0
     source = lists.clamp_min(0)
     rows, most = lists.shape

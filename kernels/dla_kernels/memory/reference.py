@@ -1,6 +1,7 @@
 """The token loop of design section 2: the definition every other path is tested against (float64 capable).
 
-Written to be read beside the text, one token after the other, all heads at once. Autograd differentiates it as it stands.
+Written to be read beside the text, one token after the other, all heads at once. Autograd differentiates it as it
+stands.
 """
 
 from __future__ import annotations
@@ -28,8 +29,17 @@ def token_score(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, op
     return drift_from_cosine(torch.where(positive, inner * torch.where(positive, size, 1.0).rsqrt(), 0.0))
 
 
-def recurrent_drift(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, document_start: Tensor, *, tau: Tensor,
-                    drift: str, cache: MergeCache | None) -> Drift:
+def recurrent_drift(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    document_start: Tensor,
+    *,
+    tau: Tensor,
+    drift: str,
+    cache: MergeCache | None,
+) -> Drift:
     """Scores and boundaries [B, H, T] token by token; the scores carry gradients to k and v, the open state none."""
     heads, dtype = v.shape[2], compute_dtype(k, v)
     k, v, log_decay = (heads_first(x, heads, dtype) for x in (k, v, log_decay))
@@ -53,9 +63,19 @@ def recurrent_drift(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None
     return Drift(torch.stack(scores, -1), torch.stack(boundaries, -1), None)
 
 
-def recurrent_merges(boundary: Tensor, score: Tensor, document_start: Tensor, *, capacity: int, rule: str,
-                     carried_start: Tensor, carried_scores: Tensor, carried_fill: Tensor) -> Merges:
-    """Deaths under `capacity` slots, one head after the other: slots are (boundary, score sum, count), as section 2.3 says."""
+def recurrent_merges(
+    boundary: Tensor,
+    score: Tensor,
+    document_start: Tensor,
+    *,
+    capacity: int,
+    rule: str,
+    carried_start: Tensor,
+    carried_scores: Tensor,
+    carried_fill: Tensor,
+) -> Merges:
+    """Deaths under `capacity` slots, one head after the other: slots are (boundary, score sum, count), as section 2.3
+    says."""
     batch, heads, tokens = boundary.shape
     death = torch.full((batch, heads, tokens), NEVER, dtype=torch.int64)
     carried_death = torch.full((batch, heads, capacity), NEVER, dtype=torch.int64)
@@ -94,9 +114,21 @@ def _pair_to_merge(slots: list[list[float]], rule: str, position: int) -> int:
     return density.index(min(density))
 
 
-def recurrent_mix(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, weights: Tensor, plan: MemoryPlan, *,
-                  frozen: bool, scale: float, cache: MergeCache | None) -> tuple[Tensor, Tensor]:
-    """Outputs [B, H, T, V] and final states [B, H, S, K, V] of a plan, token by token; weights [B, H, T, S] by recency rank."""
+def recurrent_mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    weights: Tensor,
+    plan: MemoryPlan,
+    *,
+    frozen: bool,
+    scale: float,
+    cache: MergeCache | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, T, V] and final states [B, H, S, K, V] of a plan, token by token; weights [B, H, T, S] by recency
+    rank."""
     heads, dtype, capacity = v.shape[2], compute_dtype(q, k, v), plan.capacity
     q, k, v, log_decay = (heads_first(x, heads, dtype) for x in (q, k, v, log_decay))
     beta = None if beta is None else heads_first(beta, heads, dtype)
@@ -105,8 +137,9 @@ def recurrent_mix(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tens
     if cache is not None:
         states = cache.states.to(dtype)
     offset = plan.origin[..., None]
-    starts = torch.where(torch.arange(capacity, device=k.device) < plan.carried_fill[..., None],
-                         plan.carried_start + offset, -1)
+    starts = torch.where(
+        torch.arange(capacity, device=k.device) < plan.carried_fill[..., None], plan.carried_start + offset, -1
+    )
     slot = torch.arange(capacity, device=k.device)
     outputs = []
     for t, now in enumerate(plan.slot_starts().unbind(1)):
@@ -126,7 +159,8 @@ def recurrent_mix(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tens
 
 
 def _joined_into(before: Tensor, now: Tensor) -> Tensor:
-    """[B, H, S, S] bool: slot i of `before` lies in slot j of `now` (both starts [B, H, S], oldest first, -1 unused)."""
+    """[B, H, S, S] bool: slot i of `before` lies in slot j of `now` (both starts [B, H, S], oldest first, -1
+    unused)."""
     following = torch.cat([now[..., 1:], torch.full_like(now[..., :1], -1)], dim=-1)
     following = torch.where(following < 0, NEVER, following)
     inside = (before[..., :, None] >= now[..., None, :]) & (before[..., :, None] < following[..., None, :])
@@ -145,14 +179,19 @@ def recurrent_affinity(rho: Tensor, kappa: Tensor, plan: MemoryPlan, key_sums: T
         for h in range(heads):
             for t in range(tokens):
                 live = [s - offset[b][h] for s in starts[b][h][t] if s >= 0] + [t + 1]
-                rows.append([_mean_match(b, h, t, a, e, rho, kappa, plan, key_sums)
-                             for a, e in zip(live[-2::-1], live[:0:-1], strict=True)])
+                rows.append(
+                    [
+                        _mean_match(b, h, t, a, e, rho, kappa, plan, key_sums)
+                        for a, e in zip(live[-2::-1], live[:0:-1], strict=True)
+                    ]
+                )
     values = [torch.stack([*row, *[total.new_tensor(float("-inf"))] * (capacity - len(row))]) for row in rows]
     return torch.stack(values).view(batch, heads, tokens, capacity)
 
 
-def _mean_match(b: int, h: int, t: int, begin: int, end: int, rho: Tensor, kappa: Tensor, plan: MemoryPlan,
-                key_sums: Tensor | None) -> Tensor:
+def _mean_match(
+    b: int, h: int, t: int, begin: int, end: int, rho: Tensor, kappa: Tensor, plan: MemoryPlan, key_sums: Tensor | None
+) -> Tensor:
     keys = kappa[b, h, max(begin, 0) : max(end, 0)].sum(0)
     if begin < 0 and key_sums is not None:
         carried = plan.carried_start[b, h]

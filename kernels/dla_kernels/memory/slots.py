@@ -1,8 +1,8 @@
 """From a plan to per-chunk slot indices: what mixing, affinity and gates look things up in.
 
-For every chunk of C tokens: the slots alive at its start, the recency rank under which each token reads every older token and
-every old slot, and where old slots and tokens end up at the chunk's end. Integer data, no gradients; only the short list of
-live slots is handed from chunk to chunk, everything else is parallel over chunks.
+For every chunk of C tokens: the slots alive at its start, the recency rank under which each token reads every older
+token and every old slot, and where old slots and tokens end up at the chunk's end. Integer data, no gradients; only
+the short list of live slots is handed from chunk to chunk, everything else is parallel over chunks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ChunkSlots:
     """Slot indices by chunk; i_t is the reading token, i_l a token of the same chunk, i_s a slot alive at its start."""
 
     source: Tensor
-    """[B, H, N+1, S] int64: boundary of each slot alive at a chunk's start (last row: at the end of the sequence), oldest
-    first, as an index into [carried slots, tokens]; unused slots hold S + T (a dummy that never lived)."""
+    """[B, H, N+1, S] int64: boundary of each slot alive at a chunk's start (last row: at the end of the sequence),
+    oldest first, as an index into [carried slots, tokens]; unused slots hold S + T (a dummy that never lived)."""
     fill: Tensor
     """[B, H, N+1] int64: number of those slots."""
     rank_token: Tensor
@@ -50,24 +50,33 @@ class ChunkSlots:
         starts = self.boundary_values_by_rank(values, plan.carried_start, shift=0, fill=NEVER)
         return torch.where(starts == NEVER, 0, starts), starts != NEVER
 
-    def boundary_values_by_rank(self, token_values: Tensor, carried_values: Tensor, *, shift: int, fill: float) -> Tensor:
-        """Spread a value per boundary to [B, H, T, S]: entry rank + shift of token t holds the value of that slot's boundary.
+    def boundary_values_by_rank(
+        self, token_values: Tensor, carried_values: Tensor, *, shift: int, fill: float
+    ) -> Tensor:
+        """Spread a value per boundary to [B, H, T, S]: entry rank + shift of token t holds the value of that slot's
+        boundary.
 
-        token_values [B, H, T], carried_values [B, H, S]; entries no slot claims hold `fill`. Differentiable in both values.
+        token_values [B, H, T], carried_values [B, H, S]; entries no slot claims hold `fill`. Differentiable in both
+        values.
         """
         batch, heads, chunks, size, capacity = self.rank_slot.shape
         dump = capacity + 1
         here = to_chunks(token_values, size)[..., None, :].expand(self.rank_token.shape)
         index = torch.where(self.starts_here, self.rank_token + shift, dump)
         out = token_values.new_full((batch, heads, chunks, size, dump + 1), fill).scatter(-1, index, here)
-        old = slot_values(token_values, carried_values, self.source[:, :, :-1])[..., None, :].expand(self.rank_slot.shape)
+        old = slot_values(token_values, carried_values, self.source[:, :, :-1])[..., None, :].expand(
+            self.rank_slot.shape
+        )
         out = out.scatter(-1, torch.where(self.starts_before, self.rank_slot + shift, dump), old)
         return out.flatten(2, 3)[:, :, : self.tokens, :capacity]
 
 
 def slot_values(token_values: Tensor, carried_values: Tensor, source: Tensor) -> Tensor:
-    """Value of each slot's boundary: token_values [B,H,T], carried_values [B,H,S], source [B,H,N,S] -> [B,H,N,S]; unused 0."""
-    table = torch.cat([carried_values.to(token_values.dtype), token_values, torch.zeros_like(token_values[:, :, :1])], dim=-1)
+    """Value of each slot's boundary: token_values [B,H,T], carried_values [B,H,S], source [B,H,N,S] -> [B,H,N,S];
+    unused 0."""
+    table = torch.cat(
+        [carried_values.to(token_values.dtype), token_values, torch.zeros_like(token_values[:, :, :1])], dim=-1
+    )
     return table[:, :, None].expand(-1, -1, source.shape[2], -1).gather(-1, source)
 
 
@@ -103,12 +112,24 @@ def chunk_slots(plan: MemoryPlan, chunk: int) -> ChunkSlots:
     alive_so_far = alive.cumsum(-1)
     rank_slot = (newer_here + alive_so_far[..., -1:] - alive_so_far).clamp_(max=capacity - 1)
 
-    # The chunk's last row of these tables is its end: padding holds no boundaries, so it holds for a short last chunk too.
+    # The chunk's last row of these tables is its end: padding holds no boundaries, so it holds for a short last
+    # chunk too.
     end_of_slot = torch.where(reads_slot[..., -1, :], alive_so_far[..., -1, :] - 1, capacity)
     last = alive_so_far[..., -1, -1:] + opened[..., -1, :] - 1
     end_of_token = torch.where(reads_token[..., -1, :] & (time < tokens), last, capacity)
-    return ChunkSlots(source, fill, rank_token, reads_token, rank_slot, reads_slot, end_of_slot, end_of_token,
-                      starts_here, alive, tokens)
+    return ChunkSlots(
+        source,
+        fill,
+        rank_token,
+        reads_token,
+        rank_slot,
+        reads_slot,
+        end_of_slot,
+        end_of_token,
+        starts_here,
+        alive,
+        tokens,
+    )
 
 
 def _pad_documents(document_start: Tensor, chunk: int) -> Tensor:
@@ -119,7 +140,8 @@ def _pad_documents(document_start: Tensor, chunk: int) -> Tensor:
 
 
 def _slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, chunk: int) -> Tensor:
-    """[B, H, N+1, S]: indices into [carried slots, tokens, dummy] of the boundaries alive before each chunk and at the end."""
+    """[B, H, N+1, S]: indices into [carried slots, tokens, dummy] of the boundaries alive before each chunk and at the
+    end."""
     batch, heads, tokens = boundary.shape
     capacity, device = plan.capacity, boundary.device
     dummy = capacity + tokens
@@ -136,7 +158,7 @@ def _slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, ch
         candidates = torch.cat([source, index[:, :, inside] + capacity], dim=-1)
         starts = torch.cat([start, index[:, :, inside]], dim=-1)
         deaths = torch.cat([dies, death[:, :, inside]], dim=-1)
-        alive &= (deaths >= end) & (starts >= plan.document_start[:, None, end - 1:end])
+        alive &= (deaths >= end) & (starts >= plan.document_start[:, None, end - 1 : end])
         place = torch.where(alive, alive.cumsum(-1) - 1, capacity)
         overflow |= (place > capacity).any()
         place.clamp_(max=capacity)
@@ -145,7 +167,9 @@ def _slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, ch
         dies = _place(deaths, place, capacity, NEVER)
         rows.append(source)
     if bool(overflow):
-        raise ValueError(f"the plan keeps more than its capacity of {capacity} slots alive; its merges are inconsistent")
+        raise ValueError(
+            f"the plan keeps more than its capacity of {capacity} slots alive; its merges are inconsistent"
+        )
     return torch.stack(rows, dim=2)
 
 
