@@ -8,10 +8,16 @@ Forward decides once; backward and recomputation are given the same plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from dla_kernels.launch import default_chunk_size
+
+if TYPE_CHECKING:
+    from dla_kernels.memory.slots import ChunkSlots
 
 NEVER = torch.iinfo(torch.int64).max
 """Death of a boundary that no merge of this call removes."""
@@ -43,6 +49,9 @@ class MemoryPlan:
     score_gradients: tuple[Tensor, Tensor] | None = None
     """d I_t / d k_t [B, T, H, K] and d I_t / d v_t [B, T, H, V] with the open state held constant, where asked for."""
 
+    slots_by_chunk: dict[int, ChunkSlots] = field(default_factory=dict, repr=False, compare=False)
+    """Slot indices already derived from this plan, by chunk size: affinity, gates and mixing share them."""
+
     @property
     def positions(self) -> Tensor:
         """[B, T] int64: index of each token within its document, counting a carried cache."""
@@ -58,17 +67,19 @@ class MemoryPlan:
 
         Tokens are counted from the row's first; with a carried cache, from the first token of the document it was in.
         """
-        from dla_kernels.memory.slots import chunk_slots
-
-        slots = chunk_slots(self, 64)
-        starts, live = slots.starts_by_rank(self)
+        starts, live = self._any_slots().starts_by_rank(self)
         offset = self.origin
         chronological = torch.where(live, starts + offset[:, :, None, None], NEVER).sort(dim=-1).values
         return torch.where(chronological == NEVER, -1, chronological).transpose(1, 2)
 
     def live_slots(self) -> Tensor:
         """[B, T, H] int64: number of live slots m at each token, after its boundary and merge."""
+        slots = self._any_slots()
+        live = slots.starts_here.sum(-1) + slots.starts_before.sum(-1)
+        return live.flatten(2, 3)[:, :, : slots.tokens].transpose(1, 2)
+
+    def _any_slots(self) -> ChunkSlots:
         from dla_kernels.memory.slots import chunk_slots
 
-        _, live = chunk_slots(self, 64).starts_by_rank(self)
-        return live.sum(-1).transpose(1, 2)
+        made = next(iter(self.slots_by_chunk.values()), None)
+        return made or chunk_slots(self, default_chunk_size(self.boundary.device))

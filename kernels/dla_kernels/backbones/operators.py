@@ -40,23 +40,44 @@ class ChunkOperators:
     """What the chunk does to the slot that was open when it began."""
 
 
-def write_matrix(k: Tensor, cum_log_decay: Tensor, erase: Tensor | None, write: Tensor | None) -> Tensor | None:
-    """T [.., C, C] of k [.., C, K], cum_log_decay G, erase and write [.., C]; None stands for the identity."""
+def visible_tokens(document_start: Tensor, chunk: int) -> Tensor:
+    """Which tokens of its chunk a token sees: itself and earlier ones of its document, [B, 1, N, C, C] bool.
+
+    document_start [B, T] as in MemoryPlan; padding continues the last document, so a chunk's last row is its end.
+    """
+    pad = -document_start.shape[1] % chunk
+    start = torch.cat([document_start, document_start[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, chunk))[
+        :, None
+    ]
+    time = torch.arange(start.shape[2] * chunk, device=start.device).view(1, 1, -1, chunk)
+    return (time[..., None, :] <= time[..., :, None]) & (time[..., None, :] >= start[..., :, None])
+
+
+def document_cumsum(log_decay: Tensor, sees: Tensor) -> Tensor:
+    """G [.., C]: cumulative log-decay since the chunk's or the document's start.
+
+    A masked sum, not a running one: other documents add exact zeros and cannot change this one's rounding.
+    """
+    return torch.where(sees, log_decay[..., None, :], 0.0).sum(-1)
+
+
+def write_matrix(
+    k: Tensor, cum_log_decay: Tensor, erase: Tensor | None, write: Tensor | None, sees: Tensor
+) -> Tensor | None:
+    """T [.., C, C] of k [.., C, K], cum_log_decay G, erase and write [.., C], sees [.., C, C]; None: the identity."""
     if erase is None:
         return None if write is None else torch.diag_embed(write)
-    decay = causal_decay(cum_log_decay, cum_log_decay, strict=True)
+    decay = causal_decay(cum_log_decay, cum_log_decay, sees, strict=True)
     system = erase[..., :, None] * (k @ k.transpose(-1, -2)) * decay
     strength = torch.diag_embed(erase if write is None else write)
     # Not a Neumann product of powers: for repeated keys those grow like binomials and cancel to nothing in float32.
     return torch.linalg.solve_triangular(system, strength, upper=False, unitriangular=True)
 
 
-def causal_decay(reader: Tensor, writer: Tensor, *, strict: bool = False) -> Tensor:
-    """exp(reader_i - writer_j) for j <= i (j < i if strict), 0 elsewhere: [.., C] x [.., C] -> [.., C, C]."""
-    size = reader.shape[-1]
-    above = torch.ones(size, size, dtype=torch.bool, device=reader.device).triu(0 if strict else 1)
-    exponent = (reader[..., :, None] - writer[..., None, :]).masked_fill(above, float("-inf"))
-    return exponent.exp()
+def causal_decay(reader: Tensor, writer: Tensor, sees: Tensor, *, strict: bool = False) -> Tensor:
+    """exp(reader_i - writer_j) where i sees j (and j < i if strict), 0 elsewhere: [.., C] x [.., C] -> [.., C, C]."""
+    hidden = ~(sees.tril(-1) if strict else sees)
+    return (reader[..., :, None] - writer[..., None, :]).masked_fill(hidden, float("-inf")).exp()
 
 
 def chunk_operators(
@@ -65,18 +86,19 @@ def chunk_operators(
     log_decay: Tensor,
     erase: Tensor | None,
     write: Tensor | None,
+    sees: Tensor,
     *,
     frozen_after: Tensor | None = None,
 ) -> ChunkOperators:
-    """Operators of q, k [B,H,N,C,K] and log_decay, erase, write [B,H,N,C].
+    """Operators of q, k [B,H,N,C,K], log_decay, erase, write [B,H,N,C] and sees [B,1,N,C,C] of `visible_tokens`.
 
     frozen_after: boundaries [B,H,N,C] bool when closed slots are frozen, None when they keep their transitions.
     """
-    cum = log_decay.cumsum(-1)
-    matrix = write_matrix(k, cum, erase, write)
+    cum = document_cumsum(log_decay, sees)
+    matrix = write_matrix(k, cum, erase, write, sees)
     if frozen_after is None:
-        return _with_transitions(q, k, cum, matrix)
-    return _frozen(q, k, cum, matrix, frozen_after)
+        return _with_transitions(q, k, cum, matrix, sees)
+    return _frozen(q, k, cum, matrix, frozen_after, sees)
 
 
 def erased_keys(k: Tensor, cum: Tensor, matrix: Tensor) -> Tensor:
@@ -84,10 +106,10 @@ def erased_keys(k: Tensor, cum: Tensor, matrix: Tensor) -> Tensor:
     return matrix @ (cum.exp()[..., None] * k)
 
 
-def carry_operators(k: Tensor, cum: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+def carry_operators(k: Tensor, cum: Tensor, matrix: Tensor | None, sees: Tensor) -> tuple[Tensor, Tensor]:
     """(key_end [.., C, K], transition [.., 1, 1] or [.., K, K]) of k [.., C, K] and cum = G [.., C]; T None: no
     erasing."""
-    to_end = (cum[..., -1:] - cum).exp()[..., None] * k
+    to_end = (cum[..., -1:] - cum).masked_fill(~sees[..., -1, :], float("-inf")).exp()[..., None] * k
     whole = cum[..., -1].exp()[..., None, None]
     if matrix is None:
         return to_end, whole
@@ -95,17 +117,17 @@ def carry_operators(k: Tensor, cum: Tensor, matrix: Tensor | None) -> tuple[Tens
     return matrix.transpose(-1, -2) @ to_end, whole
 
 
-def _with_transitions(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None) -> ChunkOperators:
-    attention = (q @ k.transpose(-1, -2)) * causal_decay(cum, cum)
+def _with_transitions(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, sees: Tensor) -> ChunkOperators:
+    attention = (q @ k.transpose(-1, -2)) * causal_decay(cum, cum, sees)
     query = cum.exp()[..., None] * q
-    key_end, whole = carry_operators(k, cum, matrix)
+    key_end, whole = carry_operators(k, cum, matrix, sees)
     if matrix is not None:
         query = query - attention @ erased_keys(k, cum, matrix)
         attention = attention @ matrix
     return ChunkOperators(attention, query, query, key_end, whole, whole)
 
 
-def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: Tensor) -> ChunkOperators:
+def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: Tensor, sees: Tensor) -> ChunkOperators:
     segment = boundary.cumsum(-1)
     same = segment[..., :, None] == segment[..., None, :]
     entered_open = segment == 0
@@ -114,8 +136,7 @@ def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: 
     open_end = torch.where(entered_open, cum, 0.0).amin(-1, keepdim=True)
 
     reader = torch.maximum(cum[..., :, None], at_end[..., None, :])
-    causal = torch.ones(cum.shape[-1], cum.shape[-1], dtype=torch.bool, device=cum.device).tril()
-    attention = (q @ k.transpose(-1, -2)) * (reader - cum[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    attention = (q @ k.transpose(-1, -2)) * (reader - cum[..., None, :]).masked_fill(~sees, float("-inf")).exp()
     to_end = (at_end - cum).exp()[..., None] * k
     query_open = torch.maximum(cum, open_end).exp()[..., None] * q
     whole_open = open_end.exp()[..., None]

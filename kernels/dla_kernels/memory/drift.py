@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from dla_kernels.backbones import gates_of
-from dla_kernels.backbones.operators import apply_transition, carry_operators, causal_decay, erased_keys, write_matrix
+from dla_kernels.backbones.operators import (
+    apply_transition,
+    carry_operators,
+    causal_decay,
+    document_cumsum,
+    erased_keys,
+    visible_tokens,
+    write_matrix,
+)
 from dla_kernels.inputs import compute_dtype, heads_first, to_chunks
 from dla_kernels.memory.cache import MergeCache
 
@@ -106,7 +114,8 @@ def chunk_drift(
     def chunks(x: Tensor) -> Tensor:
         return to_chunks(heads_first(x, heads, dtype), chunk)
 
-    scan = _Scan(chunks(k), chunks(v), chunks(log_decay), None if beta is None else chunks(beta), drift)
+    sees = visible_tokens(document_start, chunk)
+    scan = _Scan(chunks(k), chunks(v), chunks(log_decay), None if beta is None else chunks(beta), drift, sees)
     forced = _document_heads(document_start, chunk)
     tau = tau.to(device=k.device, dtype=torch.float32)[:, None]
     state = scan.empty_state() if cache is None else _open_state(cache).to(dtype)
@@ -144,8 +153,8 @@ def _open_state(cache: MergeCache) -> Tensor:
 class _Scan:
     """Tables of all chunks, and the pass over chunks that uses them."""
 
-    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, drift: str) -> None:
-        self.k, self.v, self.drift = k, v, drift
+    def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, drift: str, sees: Tensor) -> None:
+        self.k, self.v, self.drift, self.sees = k, v, drift, sees
         erase, write = gates_of(beta)
         ones = torch.ones_like(log_decay)
         self.token = _Token(
@@ -155,11 +164,11 @@ class _Scan:
             torch.zeros_like(ones) if erase is None else erase,
             ones if write is None else write,
         )
-        cum = log_decay.cumsum(-1)
-        self.cum_before, self.cum_end = cum - log_decay, cum[..., -1:]
-        self.matrix = write_matrix(k, cum, erase, write)
-        self.key_end, self.whole = carry_operators(k, cum, self.matrix)
-        before = causal_decay(self.cum_before, cum, strict=True)
+        cum = document_cumsum(log_decay, sees)
+        self.cum_before = cum - log_decay
+        self.matrix = write_matrix(k, cum, erase, write, sees)
+        self.key_end, self.whole = carry_operators(k, cum, self.matrix, sees)
+        before = causal_decay(self.cum_before, cum, sees, strict=True)
         recall = (k @ k.transpose(-1, -2)) * before
         self.key_open = self.cum_before.exp()[..., None] * k
         if self.matrix is not None:
@@ -168,9 +177,8 @@ class _Scan:
         self.recall = recall
         """[C, C]: S_[a,t)^T k_t = sum_{l >= a} recall[t, l] v_l."""
         self.recalled_values = recall @ v
-        self.fade = causal_decay(2 * self.cum_before, 2 * cum, strict=True)
+        self.fade = causal_decay(2 * self.cum_before, 2 * cum, sees, strict=True)
         """[C, C]: how much of |S|^2 after token l is left before token t."""
-        self.fade_end = (2 * (self.cum_end - cum)).exp()
 
     def empty_state(self) -> Tensor:
         batch, heads = self.k.shape[:2]
@@ -277,8 +285,8 @@ class _Scan:
     ) -> Callable[[Tensor], Tensor]:
         """The map x_t [B,H,N,C,V] -> S_open(t) x_t [B,H,N,C,K], as S_open(t) = sum_i e^(G_(t-1)-G_i) k_i u_i^T +
         carried part."""
-        cum = self.token.log_decay.cumsum(-1)
-        spread = causal_decay(self.cum_before, cum, strict=True) * in_open
+        cum = document_cumsum(self.token.log_decay, self.sees)
+        spread = causal_decay(self.cum_before, cum, self.sees, strict=True) * in_open
         written = self.v
         if self.matrix is not None:
             own = self.matrix * (segment[..., :, None] == segment[..., None, :])

@@ -47,10 +47,16 @@ def mix_chunks(
 
     erase, write = (None if gate is None else chunks(gate) for gate in gates_of(beta))
     boundary = to_chunks(plan.boundary.transpose(1, 2), chunk)
-    operators = chunk_operators(
-        chunks(q) * scale, chunks(k), chunks(log_decay), erase, write, frozen_after=boundary if frozen else None
-    )
     values, slots = chunks(v), chunk_slots(plan, chunk)
+    operators = chunk_operators(
+        chunks(q) * scale,
+        chunks(k),
+        chunks(log_decay),
+        erase,
+        write,
+        slots.reads_token,
+        frozen_after=boundary if frozen else None,
+    )
     by_rank = to_chunks(weights, chunk)
     weight_token = by_rank.gather(-1, slots.rank_token) * slots.reads_token
     weight_slot = by_rank.gather(-1, slots.rank_slot) * slots.reads_slot

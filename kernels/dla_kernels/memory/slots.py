@@ -81,7 +81,13 @@ def slot_values(token_values: Tensor, carried_values: Tensor, source: Tensor) ->
 
 
 def chunk_slots(plan: MemoryPlan, chunk: int) -> ChunkSlots:
-    """Slot indices of `plan` for chunks of `chunk` tokens."""
+    """Slot indices of `plan` for chunks of `chunk` tokens; derived once and kept with the plan."""
+    if chunk not in plan.slots_by_chunk:
+        plan.slots_by_chunk[chunk] = _derive(plan, chunk)
+    return plan.slots_by_chunk[chunk]
+
+
+def _derive(plan: MemoryPlan, chunk: int) -> ChunkSlots:
     boundary = plan.boundary.transpose(1, 2)
     death = plan.death.transpose(1, 2)
     batch, heads, tokens = boundary.shape

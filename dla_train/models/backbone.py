@@ -1,0 +1,122 @@
+"""What a recurrent backbone is: projections, (q, k, v, log_decay, beta) for the memory, output stage; and shared parts.
+
+A backbone says how one state decays and is written (docs/dla.md, section 1) and knows nothing of slots, plans or
+read weights; the memory is shared by all backbones (`recurrent.py`). Each projection is its own logical weight:
+nothing is fused in a checkpoint, so heads can be split over ranks by slicing rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dla_kernels import conv_window, short_conv
+from dla_train.models.linear import no_decay, wide_dtype
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Linear projections of a mixer's input, before convolution."""
+
+    conv_inputs: tuple[Tensor, ...]
+    """[B, T, C_i] each: what passes the short convolution, in the order of the backbone's `conv_channels`."""
+    decay_input: Tensor
+    """[B, T, H]: before dt_bias and softplus."""
+    write_input: Tensor | None
+    """[B, T, H]: before the sigmoid of the write strength; None for mamba2."""
+    gate: Tensor
+    """[B, T, H*V]: gate of the output norm, before SiLU."""
+
+
+@dataclass(frozen=True)
+class StateInputs:
+    """What the memory consumes, one entry per token."""
+
+    q: Tensor
+    """[B, T, Hk, K]."""
+    k: Tensor
+    """[B, T, Hk, K]."""
+    v: Tensor
+    """[B, T, H, V]: what is written."""
+    log_decay: Tensor
+    """[B, T, H] float32, natural log, <= 0."""
+    beta: Tensor | None
+    """[B, T, H] float32 write strength in (0, 1), or None."""
+    skip: Tensor | None
+    """[B, T, H, V]: what a skip connection adds to the output, or None."""
+
+
+class Backbone(Protocol):
+    """One file per backbone implements this."""
+
+    scale: float
+    """Factor on q^T S."""
+    conv: ShortConv
+    """Convolutions of the projections."""
+
+    def project(self, hidden: Tensor) -> Projected:
+        """hidden [B, T, D] -> projections."""
+        ...
+
+    def state_inputs(self, mixed: tuple[Tensor, ...], projected: Projected) -> StateInputs:
+        """Convolved projections -> what the memory consumes."""
+        ...
+
+    def output(self, read: Tensor, inputs: StateInputs, projected: Projected) -> Tensor:
+        """What was read [B, T, H, V] -> output [B, T, D]."""
+        ...
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution and SiLU of several projections, each with its own logical weight [C_i, W]."""
+
+    def __init__(self, channels: dict[str, int], width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.sizes = list(channels.values())
+        if width:
+            for name, size in channels.items():
+                self.register_parameter(name, nn.Parameter(torch.empty(size, width)))
+
+    @property
+    def channels(self) -> int:
+        """Channels in the cache's window; 0 without a convolution."""
+        return sum(self.sizes) if self.width else 0
+
+    def forward(self, inputs: tuple[Tensor, ...], positions: Tensor, history: Tensor | None) -> tuple[Tensor, ...]:
+        """inputs [B, T, C_i] each, positions [B, T], history [B, sum C_i, W-1] | None -> same shapes, after SiLU."""
+        if not self.width:
+            return tuple(F.silu(x) for x in inputs)
+        weight = torch.cat(list(self.parameters(recurse=False)))
+        mixed = short_conv(torch.cat(inputs, dim=-1), weight, positions=positions, history=history)
+        return tuple(mixed.split(self.sizes, dim=-1))
+
+    def window(self, inputs: tuple[Tensor, ...], history: Tensor | None) -> Tensor | None:
+        """The inputs a later call needs, [B, sum C_i, W-1]; None where no tap reaches back."""
+        if self.width < 2:
+            return None
+        return conv_window(torch.cat(inputs, dim=-1), self.width, history=history)
+
+
+class Decay(nn.Module):
+    """Step size and decay of a head: dt = softplus(input + dt_bias), log_decay = -exp(A_log) dt (Mamba-2's form)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.A_log = no_decay(nn.Parameter(torch.empty(num_heads)))
+        self.dt_bias = no_decay(nn.Parameter(torch.empty(num_heads)))
+
+    def forward(self, decay_input: Tensor) -> tuple[Tensor, Tensor]:
+        """decay_input [B, T, H] -> (dt, log_decay), both [B, T, H] float32."""
+        wide = wide_dtype(decay_input.dtype)
+        dt = F.softplus(decay_input.to(wide) + self.dt_bias)
+        return dt, -self.A_log.to(wide).exp() * dt
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, heads*dim] -> [B, T, heads, dim]."""
+    return x.unflatten(-1, (heads, -1))

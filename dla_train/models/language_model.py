@@ -1,0 +1,150 @@
+"""Decoder language model: embedding, residual blocks, final norm, head; whole sequences or one token at a time.
+
+Parameters are float32 and activations `compute_dtype`. With `recompute` each block's activations are made again in
+backward, its memory plan is not (see recurrent.py). Build under `torch.device("meta")`, then `init.init_weights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dla_kernels import MemoryPlan
+from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.models.block import Block
+from dla_train.models.linear import Embedding, Linear, RMSNorm
+from dla_train.models.mixer import Cache, Documents, Mixer, PlanRecord
+from dla_train.models.recurrent import RecurrentMixer
+
+
+@dataclass(frozen=True)
+class LanguageModelOutput:
+    """What a forward returns."""
+
+    logits: Tensor
+    """[B, T, vocab] in the compute dtype: scores of the next token."""
+    caches: list[Cache] | None
+    """One cache per layer after the last token, where asked for."""
+
+
+class LanguageModel(nn.Module):
+    """Token ids to next-token logits."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        memory: MemoryConfig,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Parameters are left uninitialised; `device` is where they are made (default: the current default device)."""
+        super().__init__()
+        self.model_config, self.memory_config = model, memory
+        self.compute_dtype, self.recompute = compute_dtype, recompute
+        self.memory_plans: list[MemoryPlan | None] = []
+        with torch.device(device if device is not None else torch.get_default_device()):
+            self.embedding = Embedding(model.vocab_size, model.width)
+            self.blocks = nn.ModuleList(
+                Block(model, memory, compute_dtype=compute_dtype) for _ in range(model.num_layers)
+            )
+            self.final_norm = RMSNorm(model.width, model.norm_eps)
+            self.head = None if model.tie_embeddings else Linear(model.width, model.vocab_size)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        gate_temperature: float | None = None,
+        caches: list[Cache] | None = None,
+        return_caches: bool = False,
+        keep_plans: bool = False,
+    ) -> LanguageModelOutput:
+        """tokens [B, T] int64 -> logits [B, T, vocab].
+
+        cu_seqlens [M+1]: document offsets into the flattened tokens, row edges included; None is one document a
+        row. gate_temperature: of soft boundaries in training mode (default `memory.gate_temperature`); evaluation
+        is always hard. caches: continue the first document of each row (use the returned ones afterwards).
+        keep_plans: leave every layer's memory plan in `memory_plans`. Raises ValueError for tokens of another shape
+        or type and for bad offsets.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens has shape {list(tokens.shape)} and dtype {tokens.dtype}; it must be [B, T] int64")
+        temperature = self.memory_config.gate_temperature if gate_temperature is None else gate_temperature
+        seen = caches[0].position if caches else None
+        batch, length = tokens.shape
+        documents = Documents.of(batch, length, cu_seqlens, seen=seen, device=tokens.device)
+        x = self.embedding(tokens, dtype=self.compute_dtype)
+        after: list[Cache] = []
+        records = [PlanRecord() for _ in self.blocks]
+        for index, (block, record) in enumerate(zip(self._blocks(), records, strict=True)):
+            cache = caches[index] if caches else None
+            x, new_cache = self._run(block, x, documents, record, temperature, cache, return_caches)
+            if new_cache is not None:
+                after.append(new_cache)
+        self.memory_plans = [record.plan for record in records] if keep_plans else []
+        return LanguageModelOutput(self._logits(x), after if return_caches else None)
+
+    def step(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
+        """Decode one token a sequence: tokens [B] int64 -> logits [B, vocab]; `caches` are updated in place."""
+        x = self.embedding(tokens, dtype=self.compute_dtype)
+        for block, cache in zip(self._blocks(), caches, strict=True):
+            x = block.step(x, cache)
+        return self._logits(x)
+
+    def empty_caches(self, batch: int, max_tokens: int, *, device: torch.device | None = None) -> list[Cache]:
+        """Caches before a first token; only attention's depend on `max_tokens`. Default device: the parameters'."""
+        device = device if device is not None else self.embedding.weight.device
+        return [block.mixer.empty_cache(batch, max_tokens, device=device) for block in self._blocks()]
+
+    def memory_statistics(self) -> Tensor:
+        """[layers, H, 3] float64 since the last reset: boundaries, tokens, and the sum over tokens of live slots.
+
+        A document's first token is no decision and counts as no boundary. Zeros for attention. This rank's tokens only.
+        """
+        empty = torch.zeros(self.model_config.num_heads, 3, dtype=torch.float64, device=self.embedding.weight.device)
+        return torch.stack([m.statistics if isinstance(m, RecurrentMixer) else empty for m in self._mixers()]).clone()
+
+    def reset_memory_statistics(self) -> None:
+        """Start counting anew."""
+        for mixer in self._mixers():
+            if isinstance(mixer, RecurrentMixer):
+                mixer.statistics.zero_()
+
+    def control_tau(self, statistics: Tensor) -> None:
+        """Move every head's tau by `tau_step` towards the target boundary rate, given [layers, H, 3] summed over ranks.
+
+        No-op unless `memory.tau_control` is `rate`. The moved tau is a buffer and part of the checkpoint.
+        """
+        for mixer, counted in zip(self._mixers(), statistics, strict=True):
+            if isinstance(mixer, RecurrentMixer):
+                mixer.control_tau(counted)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def _mixers(self) -> list[Mixer]:
+        return [block.mixer for block in self._blocks()]
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        documents: Documents,
+        record: PlanRecord,
+        temperature: float,
+        cache: Cache | None,
+        return_cache: bool,
+    ) -> tuple[Tensor, Cache | None]:
+        if self.recompute and torch.is_grad_enabled() and not return_cache:
+            return checkpoint(block, x, documents, record, temperature, cache, return_cache, use_reentrant=False)
+        return block(x, documents, record, temperature, cache, return_cache)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        x = self.final_norm(x)
+        return self.embedding(x, unembed=True) if self.head is None else self.head(x)

@@ -1,0 +1,149 @@
+"""The learned side of a memory policy: drift threshold, read weights, content routing (docs/dla.md, section 2).
+
+`MemoryReader` is the same for every backbone and policy. Two parametrisations a reader would ask about:
+- A slot weight is softplus(W x + bias + log(e - 1)) with W = bias = 0 at the start: exactly 1, so a fresh layer is its
+  single-state backbone.
+- The content gain must start at exactly 0, stay non-negative and still learn. No smooth map of a parameter does all
+  three (0 is its minimum, so its slope there is 0); the parameter is clamped at 0 with the gradient passed straight
+  through. The gradient stays linear in the loss, so it is the same however a batch is divided.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dla_kernels import MemoryPlan, MergeCache, content_read_weights, l2_normalize, log_linear_levels, slot_affinity
+from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.models.backbone import StateInputs, split_heads
+from dla_train.models.linear import Linear, no_decay, wide_dtype
+
+SOFTPLUS_ONE = math.log(math.e - 1)
+"""softplus(SOFTPLUS_ONE) == 1, exactly in float32."""
+LEARNED_TAU_RANGE = (0.1, 1.3)
+"""Bounds of a learned tau: above sqrt(2) hardly anything is a boundary and no gradient brings it back."""
+CONTROLLED_TAU_RANGE = (0.02, 1.98)
+"""Bounds of a controlled tau. Wider: unrelated tokens score near sqrt(2), low rates need more; a controller returns."""
+
+
+class Tau(nn.Module):
+    """Drift threshold per head: a constant, a bounded parameter, or a float32 buffer moved between steps."""
+
+    value: Tensor
+
+    def __init__(self, num_heads: int, control: str) -> None:
+        super().__init__()
+        self.learned = control == "learned"
+        if self.learned:
+            self.theta = no_decay(nn.Parameter(torch.empty(num_heads)))
+        else:
+            self.register_buffer("value", torch.empty(num_heads))
+
+    def forward(self) -> Tensor:
+        """[H] float32; carries a gradient only where it is learned."""
+        if self.learned:
+            low, high = LEARNED_TAU_RANGE
+            return low + (high - low) * self.theta.sigmoid()
+        return self.value
+
+
+class SlotWeights(nn.Module):
+    """lambda = softplus of a projection of the token's hidden state, one output per head and recency rank or level."""
+
+    def __init__(self, width: int, num_heads: int, outputs: int) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.weight = nn.Parameter(torch.empty(num_heads * outputs, width))
+        self.bias = no_decay(nn.Parameter(torch.empty(num_heads * outputs)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, D] -> [B, T, H, outputs] float32, 1 at initialisation."""
+        wide = wide_dtype(hidden.dtype)
+        shift = F.linear(hidden, self.weight.to(hidden.dtype)).to(wide) + self.bias
+        return split_heads(F.softplus(shift + SOFTPLUS_ONE), self.heads)
+
+
+@dataclass(frozen=True)
+class RoutingTerms:
+    """What content reading compares and how strongly it counts."""
+
+    rho: Tensor
+    """[B, T, Hk, R]: unit routing queries."""
+    kappa: Tensor
+    """[B, T, Hk, R]: unit routing keys."""
+    gain: Tensor
+    """[H] float32, >= 0."""
+    sharpness: Tensor
+    """[H] float32, > 0."""
+
+
+class Routing(nn.Module):
+    """Routing queries and keys (q and k themselves, or own projections) with a gain and a sharpness per head."""
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+        super().__init__()
+        self.key_heads = model.num_key_heads
+        self.projected = memory.routing == "projected"
+        self.dim = memory.routing_dim if self.projected else model.key_dim
+        if self.projected:
+            self.rho = Linear(model.width, self.key_heads * self.dim)
+            self.kappa = Linear(model.width, self.key_heads * self.dim)
+        self.gain = no_decay(nn.Parameter(torch.empty(model.num_heads)))
+        self.log_sharpness = no_decay(nn.Parameter(torch.empty(model.num_heads)))
+
+    def forward(self, hidden: Tensor, inputs: StateInputs) -> RoutingTerms:
+        """hidden [B, T, D] and the state inputs -> routing terms."""
+        if self.projected:
+            rho, kappa = (split_heads(p(hidden), self.key_heads) for p in (self.rho, self.kappa))
+        else:
+            rho, kappa = inputs.q, inputs.k
+        gain = self.gain + (self.gain.clamp_min(0) - self.gain).detach()
+        return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, self.log_sharpness.exp())
+
+
+class MemoryReader(nn.Module):
+    """Threshold and read weights of one layer's memory."""
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+        super().__init__()
+        self.heads = model.num_heads
+        self.capacity = 1 if memory.policy == "single" else memory.capacity
+        self.levels = memory.levels if memory.policy == "log_linear" else None
+        self.chunk = memory.chunk_tokens or None
+        self.backend = None if memory.backend == "auto" else memory.backend
+        self.tau = Tau(model.num_heads, memory.tau_control) if memory.policy == "dla" else None
+        outputs = self.levels or self.capacity
+        self.slots = None if memory.read == "unit" else SlotWeights(model.width, model.num_heads, outputs)
+        self.routing = Routing(model, memory) if memory.read == "content" else None
+
+    @property
+    def routing_dim(self) -> int:
+        """R of the cache's key sums; 0 without content reading."""
+        return self.routing.dim if self.routing is not None else 0
+
+    def slot_weights(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Slot form by recency rank: hidden [B, T, D], positions [B, T] -> [B, T, H, S] float32."""
+        batch, tokens, _ = hidden.shape
+        if self.slots is None:
+            shape = (batch, tokens, self.heads, self.capacity)
+            return torch.ones(shape, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+        weights = self.slots(hidden)
+        if self.levels is None:
+            return weights
+        levels = log_linear_levels(positions, self.capacity, self.levels)
+        return weights.gather(-1, levels[:, :, None].expand(-1, -1, self.heads, -1))
+
+    def forward(
+        self, hidden: Tensor, inputs: StateInputs, plan: MemoryPlan, cache: MergeCache | None
+    ) -> tuple[Tensor, RoutingTerms | None]:
+        """Read weights [B, T, H, S] float32 by recency rank, and the routing terms where reads are by content."""
+        slot = self.slot_weights(hidden, plan.positions)
+        if self.routing is None:
+            return slot, None
+        terms = self.routing(hidden, inputs)
+        affinity = slot_affinity(terms.rho, terms.kappa, plan, cache=cache, chunk_size=self.chunk, backend=self.backend)
+        return content_read_weights(slot, affinity, gain=terms.gain, sharpness=terms.sharpness), terms

@@ -1,0 +1,199 @@
+"""A recurrent mixer: backbone x memory policy. The only place in the model where memory operations are called.
+
+Two backbones and four policies are two modules and four names, never eight classes. The plan (which slot holds
+what, when) is decided once per forward and kept in the caller's `PlanRecord`: a recomputed forward reads it back,
+since a decision made again from recomputed activations need not fall alike, and would count its statistics twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dla_kernels import (
+    MemoryPlan,
+    MergeCache,
+    boundary_gate,
+    boundary_score,
+    dla_attention,
+    dla_step,
+    plan_memory,
+)
+from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.models.backbone import Backbone, Projected, StateInputs
+from dla_train.models.gated_deltanet import GatedDeltaNet
+from dla_train.models.linear import wide_dtype
+from dla_train.models.mamba2 import Mamba2
+from dla_train.models.memory_reads import CONTROLLED_TAU_RANGE, MemoryReader
+from dla_train.models.mixer import Documents, PlanRecord
+
+BACKBONES: dict[str, type[GatedDeltaNet] | type[Mamba2]] = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
+
+
+class RecurrentMixer(nn.Module):
+    """Token mixer whose bounded memory is a list of recurrent states per head."""
+
+    statistics: Tensor
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, *, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.memory = model, memory
+        self.dtype = compute_dtype
+        self.backbone: Backbone = BACKBONES[model.backbone](model)
+        self.reader = MemoryReader(model, memory)
+        self.register_buffer("statistics", torch.zeros(model.num_heads, 3, dtype=torch.float64), persistent=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        documents: Documents,
+        record: PlanRecord,
+        *,
+        gate_temperature: float,
+        cache: MergeCache | None = None,
+        return_cache: bool = False,
+    ) -> tuple[Tensor, MergeCache | None]:
+        """hidden [B, T, D] -> (output [B, T, D], cache after the last token or None). `cache` is left as it is."""
+        projected, inputs = self._state_inputs(hidden, documents.positions, cache)
+        if record.plan is None:
+            record.plan = self._decide(inputs, documents, cache)
+            self._count(record.plan)
+        plan = record.plan
+        weights, routing = self.reader(hidden, inputs, plan, cache)
+        q, k, v, log_decay, beta = inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta
+        read = dla_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            beta,
+            read_weights=weights,
+            plan=plan,
+            closed_slots=self.memory.closed_slots,
+            scale=self.backbone.scale,
+            gates=self._gates(inputs, plan, gate_temperature),
+            routing_keys=routing.kappa if routing is not None else None,
+            cache=cache,
+            return_cache=return_cache,
+            backend=self.reader.backend,
+            chunk_size=self.reader.chunk,
+        )
+        if isinstance(read, Tensor):
+            return self.backbone.output(read, inputs, projected), None
+        after = read[1]
+        after.conv = self.backbone.conv.window(projected.conv_inputs, cache.conv if cache is not None else None)
+        return self.backbone.output(read[0], inputs, projected), after
+
+    def step(self, hidden: Tensor, cache: MergeCache) -> Tensor:
+        """One token: hidden [B, D] -> [B, D]; `cache` is updated in place. Boundaries are hard."""
+        hidden = hidden[:, None]
+        positions = cache.position[:, None].clone()
+        projected, inputs = self._state_inputs(hidden, positions, cache)
+        routing = self.reader.routing(hidden, inputs) if self.reader.routing is not None else None
+        read = dla_step(
+            inputs.q[:, 0],
+            inputs.k[:, 0],
+            inputs.v[:, 0],
+            inputs.log_decay[:, 0],
+            inputs.beta[:, 0] if inputs.beta is not None else None,
+            read_weights=self.reader.slot_weights(hidden, positions)[:, 0],
+            tau=self._tau(),
+            cache=cache,
+            policy=self.memory.policy,
+            drift=self.memory.drift,
+            capacity_rule=self.memory.capacity_rule,
+            interval=self.memory.interval_tokens,
+            closed_slots=self.memory.closed_slots,
+            scale=self.backbone.scale,
+            rho=routing.rho[:, 0] if routing is not None else None,
+            kappa=routing.kappa[:, 0] if routing is not None else None,
+            gain=routing.gain if routing is not None else None,
+            sharpness=routing.sharpness if routing is not None else None,
+        )
+        window = self.backbone.conv.window(projected.conv_inputs, cache.conv)
+        if window is not None and cache.conv is not None:
+            cache.conv.copy_(window)
+        return self.backbone.output(read[:, None], inputs, projected)[:, 0]
+
+    def empty_cache(self, batch: int, max_tokens: int, *, device: torch.device | None = None) -> MergeCache:
+        """The memory before a sequence's first token; its size does not depend on `max_tokens`."""
+        model, conv = self.model, self.backbone.conv
+        return MergeCache.empty(
+            batch,
+            model.num_heads,
+            self.reader.capacity,
+            model.key_dim,
+            model.value_dim,
+            routing_dim=self.reader.routing_dim,
+            conv_channels=conv.channels,
+            conv_width=conv.width,
+            dtype=wide_dtype(self.dtype),
+            device=device,
+        )
+
+    @torch.no_grad()
+    def control_tau(self, statistics: Tensor) -> None:
+        """Move each head's tau one step towards the target boundary rate, given [H, 3] counted as in `statistics`.
+
+        A head that saw no tokens stays. No-op unless `tau_control` is `rate`.
+        """
+        if self.reader.tau is None or self.memory.tau_control != "rate":
+            return
+        boundaries, tokens = statistics[:, 0], statistics[:, 1]
+        error = torch.where(tokens > 0, boundaries / tokens.clamp_min(1) - self.memory.target_boundary_rate, 0)
+        value = self.reader.tau.value
+        value.add_(self.memory.tau_step * error.sign().to(value)).clamp_(*CONTROLLED_TAU_RANGE)
+
+    def _state_inputs(
+        self, hidden: Tensor, positions: Tensor, cache: MergeCache | None
+    ) -> tuple[Projected, StateInputs]:
+        projected = self.backbone.project(hidden)
+        history = cache.conv if cache is not None else None
+        mixed = self.backbone.conv(projected.conv_inputs, positions, history)
+        return projected, self.backbone.state_inputs(mixed, projected)
+
+    def _tau(self) -> Tensor | float:
+        return self.reader.tau() if self.reader.tau is not None else self.memory.tau
+
+    @torch.no_grad()
+    def _decide(self, inputs: StateInputs, documents: Documents, cache: MergeCache | None) -> MemoryPlan:
+        memory = self.memory
+        # What the planner saves for its own score gradients is not the block's: a recomputation, which does not
+        # plan, must find the same saved tensors as the first forward.
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return plan_memory(
+                inputs.k,
+                inputs.v,
+                inputs.log_decay,
+                inputs.beta,
+                tau=self._tau(),
+                capacity=self.reader.capacity,
+                policy=memory.policy,
+                drift=memory.drift,
+                capacity_rule=memory.capacity_rule,
+                interval=memory.interval_tokens,
+                cu_seqlens=None if documents.one_per_row else documents.cu_seqlens,
+                cache=cache,
+                chunk_size=self.reader.chunk,
+                score_gradients=self._gated(),
+                backend=self.reader.backend,
+            )
+
+    def _gates(self, inputs: StateInputs, plan: MemoryPlan, temperature: float) -> Tensor | None:
+        """Soft or straight-through boundaries [B, T, H] in training, None (hard) otherwise and for fixed partitions."""
+        if self.reader.tau is None or not self._gated():
+            return None
+        score = boundary_score(inputs.k, inputs.v, plan)
+        return boundary_gate(score, plan, tau=self.reader.tau(), temperature=temperature, gate=self.memory.gate)
+
+    def _gated(self) -> bool:
+        """Whether boundaries carry a gate: decided by drift, between several slots, and in training mode."""
+        return self.training and self.memory.policy == "dla" and self.memory.gate != "hard" and self.reader.capacity > 1
+
+    @torch.no_grad()
+    def _count(self, plan: MemoryPlan) -> None:
+        """Add to [H, 3]: boundaries (a document's first token is no decision and not counted), tokens, live slots."""
+        decided = plan.boundary & (plan.positions > 0)[..., None]
+        tokens = torch.full_like(self.statistics[:, 1], plan.positions.numel())
+        counted = [decided.sum((0, 1)), tokens, plan.live_slots().sum((0, 1))]
+        self.statistics += torch.stack([c.to(self.statistics) for c in counted], dim=-1)
