@@ -33,7 +33,7 @@ class ModelConfig:
     num_heads: int = MISSING
     """H: value heads of a recurrent mixer, query heads of attention."""
     num_key_heads: int = MISSING
-    """Hk: key/query heads of gated_deltanet, B/C groups of mamba2, key/value heads of attention (GQA). Divides num_heads."""
+    """Hk: key/query heads of gated_deltanet, B/C groups of mamba2, key/value heads of attention. Divides num_heads."""
     key_dim: int = MISSING
     """K per head: key size (mamba2: state size N; attention: head size)."""
     value_dim: int = MISSING
@@ -41,7 +41,7 @@ class ModelConfig:
     mlp_width: int = MISSING
     """Inner width of the SwiGLU MLP; 0 leaves the MLP out."""
     conv_width: int = 4
-    """Taps of the short causal convolution before a recurrent mixer; 0 leaves it out. Attention has none (must be 0)."""
+    """Taps of the short causal convolution before a recurrent mixer; 0 leaves it out. 0 for attention."""
     rope_base: float = 500000.0
     """Base of the rotary embedding of attention; recurrent mixers have no position code."""
     tie_embeddings: bool = False
@@ -54,12 +54,12 @@ class ModelConfig:
 
 @dataclass
 class MemoryConfig:
-    """The memory policy of a recurrent mixer: which states exist, which merge, how each is read (design: docs/dla.md)."""
+    """The memory policy of a recurrent mixer: which states exist, which merge, how each is read (docs/dla.md)."""
 
     policy: str = MISSING
     """`single`, `log_linear`, `fixed`, `dla`, or `none` (softmax attention)."""
     capacity: int = 30
-    """K: most slots a head keeps. `single` has 1; for `log_linear` it bounds the context at 2**(capacity - 1) tokens."""
+    """K: most slots a head keeps. `single` has 1; it bounds the context of `log_linear` at 2**(capacity - 1) tokens."""
     tau: float = 0.6
     """Drift threshold of a boundary, in [0.1, 1.3]; the initial value where tau is learned or controlled."""
     tau_control: str = "fixed"

@@ -1,5 +1,4 @@
-"""The multi-state layer as one operation: dla_attention, and slot_affinity for its content reads (design section
-10)."""
+"""The multi-state layer as one operation, dla_attention, and slot_affinity for its content reads (docs/dla.md, 10)."""
 
 from __future__ import annotations
 
@@ -37,8 +36,8 @@ def dla_attention(
     chunk_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, MergeCache]:
-    """o_t = scale * sum_r w_(t,r) q_t^T S_r(t) over the live slots of `plan` (arXiv 2606.10650; design sections 2 and
-    5).
+    """o_t = scale * sum_r w_(t,r) q_t^T S_r(t) over the live slots of `plan` (arXiv 2606.10650; docs/dla.md sections 2
+    and 5).
 
     q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay (natural log, <= 0) and beta [B,T,H] (None: mamba2); read_weights [B,T,H,S]
     by recency rank, S = plan.capacity; gates [B,T,H] from `boundary_gate` (None: hard); scale defaults to K**-0.5.
@@ -127,7 +126,8 @@ def slot_affinity(
 ) -> Tensor:
     """rho_t . (mean of kappa over each live slot, token t included): [B,T,H,S] by recency rank, -inf where no slot.
 
-    rho, kappa [B,T,Hk or H,R]. With `cache`, its key_sums count. Differentiable in rho and kappa. Source: design 2.5.
+    rho, kappa [B,T,Hk or H,R]. With `cache`, its key_sums count. Differentiable in rho and kappa. Source: docs/dla.md
+    2.5.
     """
     heads, dtype = plan.boundary.shape[2], compute_dtype(rho, kappa)
     if cache is not None and cache.key_sums is None:

@@ -33,7 +33,7 @@ def document_starts(
     """First token of every token's document, as an index into its row: [B, T] int64.
 
     `position` [B] counts the tokens a carried cache has seen of its document; the row's first document then starts at
-    `-position`. Source: design section 8.
+    `-position`. Source: docs/dla.md section 8.
     """
     index = torch.arange(tokens, device=device)
     starts = torch.zeros(batch, tokens, dtype=torch.int64, device=device)

@@ -25,7 +25,7 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Decisions for B sequences of T tokens and H heads (design sections 2 and 10)."""
+    """Decisions for B sequences of T tokens and H heads (docs/dla.md sections 2 and 10)."""
 
     score: Tensor
     """[B, T, H] float32: drift I_t; 0 at a document's first token and under policies that do not score."""

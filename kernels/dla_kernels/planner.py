@@ -67,7 +67,7 @@ def plan_memory(
     score_gradients: bool = False,
     backend: str | None = None,
 ) -> MemoryPlan:
-    """Decide which slots exist at every token (arXiv 2606.10650; design sections 2, 3 and 6). No gradients.
+    """Decide which slots exist at every token (arXiv 2606.10650; docs/dla.md sections 2, 3 and 6). No gradients.
 
     k [B,T,Hk,K], v [B,T,H,V]; log_decay, beta [B,T,H] (beta None: mamba2); tau a float or [H]; capacity K slots;
     `interval` tokens between boundaries of policy `fixed`; cu_seqlens [M+1] offsets of packed documents into the

@@ -1,4 +1,4 @@
-"""dla_step: one token on the fixed-size cache (design sections 2 and 7), batched over sequences at different fill.
+"""dla_step: one token on the fixed-size cache (docs/dla.md sections 2 and 7), batched over sequences at different fill.
 
 The same rules as the token loop, decided from the cache alone and written back in place. Boundaries are hard: this is
 inference.

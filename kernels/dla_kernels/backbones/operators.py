@@ -1,4 +1,4 @@
-"""Chunk operators of a backbone (design section 5): everything mixing needs to know of it.
+"""Chunk operators of a backbone (docs/dla.md section 5): everything mixing needs to know of it.
 
 With T = (I + strictlower(erase_i k_i.k_j e^(G_i-G_j)))^-1 diag(write), Wy = T diag(e^G) K and A = lower((q.k)
 e^(G_i-G_j)):

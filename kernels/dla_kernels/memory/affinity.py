@@ -1,4 +1,4 @@
-"""Slot affinity for content reading (design section 2.5): rho_t . (mean routing key of each live slot).
+"""Slot affinity for content reading (docs/dla.md section 2.5): rho_t . (mean routing key of each live slot).
 
 Sums of routing keys and token counts add under merges, so they pass from chunk to chunk like states do; inside a chunk
 a C x C product is summed by recency rank. A mean, not a sum: long slots would otherwise drown short ones.

@@ -1,4 +1,4 @@
-"""Drift scores and boundaries by all-pairs tables (design section 6).
+"""Drift scores and boundaries by all-pairs tables (docs/dla.md section 6).
 
 If a segment opened at token a of a chunk, the score of token t needs p = S_[a,t)^T k_t only through p.v_t, |p|^2 and
 |S|^2, and all three follow for every pair (a, t) at once from C x C products. So the next boundary after every

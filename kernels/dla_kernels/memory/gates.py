@@ -1,4 +1,4 @@
-"""Soft boundaries and content reading: from scores and affinities to read weights (design sections 2.5 and 2.6).
+"""Soft boundaries and content reading: from scores and affinities to read weights (docs/dla.md sections 2.5 and 2.6).
 
 A weak boundary reads as if its two slots were merged: w_0 = lambda_0, w_r = p_r lambda_r + (1 - p_r) w_(r-1), with p_r
 the gate of the boundary between the slots of ranks r and r-1. p = 1 is the hard rule, so inference needs none of this.
@@ -37,7 +37,7 @@ class _PlannedScore(torch.autograd.Function):
 def boundary_score(k: Tensor, v: Tensor, plan: MemoryPlan) -> Tensor:
     """Drift I_t [B, T, H] at boundaries (0 elsewhere), differentiable in k [B,T,Hk,K] and v [B,T,H,V].
 
-    The open state is held constant (design section 2.6). Raises ValueError if the plan was made without
+    The open state is held constant (docs/dla.md section 2.6). Raises ValueError if the plan was made without
     `score_gradients`.
     """
     if plan.score_gradients is None:
@@ -86,7 +86,7 @@ def content_read_weights(slot_weights: Tensor, affinity: Tensor, *, gain: Tensor
     """slot + gain_h * softmax(sharpness_h * affinity | null slot): [..., H, S] each, gain and sharpness [H].
 
     The null slot (logit 0) takes the weight no live slot earns. Dead slots (-inf) get no content weight. Source:
-    design 2.5.
+    docs/dla.md 2.5.
     """
     logits = sharpness[:, None] * affinity.masked_fill(affinity == float("-inf"), torch.finfo(affinity.dtype).min / 1e4)
     shares = F.softmax(F.pad(logits, (0, 1)), dim=-1)[..., :-1]

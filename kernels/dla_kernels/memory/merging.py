@@ -1,4 +1,4 @@
-"""Capacity: which boundaries die, and when (design section 2.3).
+"""Capacity: which boundaries die, and when (docs/dla.md section 2.3).
 
 The walk needs the scores alone, no state. A slot is the stretch between two live boundaries, so its token count and
 its score sum are differences of positions and of prefix sums, and merging the pair (i, i+1) is removing boundary i+1

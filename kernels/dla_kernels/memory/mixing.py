@@ -1,4 +1,4 @@
-"""Chunkwise multi-state mixing (design section 5): one algorithm for both backbones and every policy.
+"""Chunkwise multi-state mixing (docs/dla.md section 5): one algorithm for both backbones and every policy.
 
     o    = (M * W) V + sum_i w0_i (Q~ S_i)
     S'_j = sum_{i -> j} Gam S_i + K~_(l in j)^T V_(l in j)

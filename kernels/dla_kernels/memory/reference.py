@@ -1,4 +1,4 @@
-"""The token loop of design section 2: the definition every other path is tested against (float64 capable).
+"""The token loop of docs/dla.md section 2: the definition every other path is tested against (float64 capable).
 
 Written to be read beside the text, one token after the other, all heads at once. Autograd differentiates it as it
 stands.
@@ -19,7 +19,7 @@ from dla_kernels.plan import NEVER, MemoryPlan
 
 
 def token_score(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, open_state: Tensor, drift: str) -> Tensor:
-    """I_t [...] of one token against S_open [..., K, V], k [..., K], v [..., V]: design section 2.1."""
+    """I_t [...] of one token against S_open [..., K, V], k [..., K], v [..., V]: docs/dla.md section 2.1."""
     candidate = write = write_of(k, v, gates_of(beta)[1])
     if drift == "update":
         candidate = transition(open_state[..., None, :, :], k, log_decay, gates_of(beta)[0])[..., 0, :, :] + write

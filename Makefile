@@ -1,0 +1,51 @@
+# Every target installs into .venv first if needed. PYTHON makes the environment; TORCH_INDEX names another package index for
+# torch alone, such as PyTorch's own one of builds without CUDA, which are much smaller.
+PYTHON ?= python3
+TORCH_INDEX ?=
+TEST_WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
+TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-gpu check bench clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+
+install: $(STAMP)  ## Make .venv and install everything, with the tested versions (constraints.txt)
+
+# torch goes first and alone, because deepspeed's build imports it; deepspeed's own operators are not built (DS_BUILD_OPS=0)
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; choose another: make install PYTHON=/path/to/python3.11" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo 'error: no venv was made; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	$(BIN)/python -m pip install --upgrade pip $(call PINNED,setuptools) $(call PINNED,wheel)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(call PINNED,torch)
+	$(BIN)/python -m pip install -c constraints.txt numpy packaging ninja psutil py-cpuinfo pydantic hjson msgpack tqdm einops
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --no-build-isolation $(call PINNED,deepspeed)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)  ## Corpus, tokenizer, training, resume, evaluation, samples and pictures, on this machine's CPU
+	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.quickstart
+
+test: $(STAMP)  ## Run the test suite on the CPU
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not gpu and not slurm'
+
+test-gpu: $(STAMP)  ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+check: $(STAMP)  ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## Measure speed side by side; writes docs/results/
+	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.bench
+
+clean:  ## Remove build products and caches (keeps .venv, runs and data)
+	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,199 @@
+"""Speed, measured side by side in one run (`make bench`): writes docs/results/speed.json and speed.md.
+
+Timings on shared machines are noisy, so every claim is a ratio of things timed in turn in one process, and the spread
+over the rounds stands beside it. Nothing here is a test: a target that is missed is written down as missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dla_kernels import dla_attention, l2_normalize, plan_memory
+from dla_train.hydra_app import compose
+from dla_train.metrics import read_lines
+from dla_train.train import train
+
+BACKBONES = ("mamba2", "gated_deltanet")
+HEADS, KEY_DIM, VALUE_DIM, CAPACITY, TAU = 4, 32, 32, 30, 0.6
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one thing over several rounds."""
+
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    def report(self) -> dict[str, float]:
+        return {"median_seconds": self.median, "least_seconds": min(self.rounds), "most_seconds": max(self.rounds)}
+
+
+def layer_inputs(backbone: str, tokens: int) -> list[Tensor | None]:
+    """q, k, v, log_decay, beta of one sequence as leaves; neighbouring tokens are alike."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, tokens, HEADS)
+
+    def normal(dim: int) -> Tensor:
+        x = torch.randn(*shape, dim, generator=generator)
+        return x + 2.0 * x.roll(1, 1) + 2.0 * x.roll(2, 1)
+
+    log_decay = -0.05 * torch.rand(shape, generator=generator)
+    beta = torch.rand(shape, generator=generator) if backbone == "gated_deltanet" else None
+    leaves = [l2_normalize(normal(KEY_DIM)), l2_normalize(normal(KEY_DIM)), normal(VALUE_DIM), log_decay, beta]
+    return [None if x is None else x.requires_grad_() for x in leaves]
+
+
+def layer_seconds(backbone: str, tokens: int, backend: str, *, backward: bool) -> float:
+    """Seconds of one dla layer, plan and mixing, with or without its gradients."""
+    q, k, v, log_decay, beta = layer_inputs(backbone, tokens)
+    assert q is not None and k is not None and v is not None and log_decay is not None
+    weights = torch.ones(1, tokens, HEADS, CAPACITY, requires_grad=True)
+    started = time.perf_counter()
+    plan = plan_memory(k, v, log_decay, beta, tau=TAU, capacity=CAPACITY, backend=backend)
+    o = dla_attention(q, k, v, log_decay, beta, read_weights=weights, plan=plan, backend=backend)
+    if backward:
+        assert isinstance(o, Tensor)
+        o.sum().backward()
+    return time.perf_counter() - started
+
+
+def measure_in_turn(things: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+    """Time every thing once a round, after one round of warming up."""
+    seconds: dict[str, list[float]] = {name: [] for name in things}
+    for number in tqdm(range(rounds + 1), desc=", ".join(things)[:60], leave=False):
+        for name, thing in things.items():
+            spent = thing()
+            if number:
+                seconds[name].append(spent)
+    return {name: Timing(rounds_) for name, rounds_ in seconds.items()}
+
+
+def against_token_loop(rounds: int) -> dict[str, Any]:
+    """Chunkwise form against the token loop at T = 2048, forward and with backward. Target: 20 times."""
+    results: dict[str, Any] = {}
+    for backbone in BACKBONES:
+        for name, backward in (("forward", False), ("forward and backward", True)):
+            things = {
+                backend: functools.partial(layer_seconds, backbone, 2048, backend, backward=backward)
+                for backend in ("torch", "recurrent")
+            }
+            timings = measure_in_turn(things, rounds)
+            ratio = timings["recurrent"].median / timings["torch"].median
+            results[f"{backbone}, {name}"] = {"ratio": ratio} | {k: t.report() for k, t in timings.items()}
+    return results
+
+
+def growth_with_length(rounds: int, lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)) -> dict[str, Any]:
+    """time(2T) / time(T) of the chunkwise form, forward and backward. Target: at most 2.2."""
+    results: dict[str, Any] = {}
+    for backbone in BACKBONES:
+        things = {str(t): functools.partial(layer_seconds, backbone, t, "torch", backward=True) for t in lengths}
+        timings = measure_in_turn(things, rounds)
+        pairs = zip(lengths, lengths[1:], strict=False)
+        results[backbone] = {
+            "ratios": {f"{b}/{a}": timings[str(b)].median / timings[str(a)].median for a, b in pairs}
+        } | {name: timing.report() for name, timing in timings.items()}
+    return results
+
+
+def trainer_overhead(steps: int) -> dict[str, Any]:
+    """Share of a step that is not forward, backward or optimizer, over the quickstart's run. Target: under 5%."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            compose(
+                [
+                    "experiment=quickstart",
+                    f"run_dir={folder}/run",
+                    f"train.stop_at_step={steps}",
+                    "train.validation_interval_steps=0",
+                    "logging.interval_steps=1",
+                    "logging.progress=false",
+                ]
+            )
+        )
+        lines = [line for line in read_lines(Path(folder, "run", "metrics.jsonl")) if "overhead" in line]
+    shares = [line["overhead"] for line in lines[2:]]
+    return {"median": statistics.median(shares), "least": min(shares), "most": max(shares), "steps": len(shares)}
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "shape": f"B 1, H {HEADS}, K {KEY_DIM}, V {VALUE_DIM}, capacity {CAPACITY}, tau {TAU}, float32",
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    env = results["environment"]
+    lines = [
+        "# Speed on the CPU",
+        "",
+        "Made by `make bench`; numbers in speed.json.",
+        "",
+        f"{env['shape']}; torch {env['torch']}, {env['threads']} threads, Python {env['python']}. Medians over rounds "
+        "timed in turn.",
+        "",
+        "| torch backend against the token loop, T = 2048 | times faster | target |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {r['ratio']:.0f} | 20 |" for name, r in results["against_token_loop"].items()]
+    lines += ["", "| forward and backward, time(2T)/time(T) | ratio | target |", "|---|---|---|"]
+    for backbone, r in results["growth_with_length"].items():
+        lines += [f"| {backbone}, {pair} | {ratio:.2f} | 2.2 |" for pair, ratio in r["ratios"].items()]
+    share = results["trainer_overhead"]
+    lines += [
+        "",
+        "| trainer | share of the step | target |",
+        "|---|---|---|",
+        f"| everything but forward, backward and step ({share['steps']} steps; least {share['least']:.1%}, "
+        f"most {share['most']:.1%}) | {share['median']:.1%} | 5% |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure everything and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m dla_train.bench", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="training steps timed (default %(default)s)")
+    options = parser.parse_args(arguments)
+    results = {
+        "environment": environment(),
+        "against_token_loop": against_token_loop(options.rounds),
+        "growth_with_length": growth_with_length(options.rounds),
+        "trainer_overhead": trainer_overhead(options.steps),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (options.output / "speed.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

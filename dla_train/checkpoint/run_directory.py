@@ -1,0 +1,95 @@
+"""One run per directory: what a run is, and whether a directory holds this one.
+
+A run is its model, memory, data, optimizer, seed, global batch, length and compute type: whatever decides its numbers
+beyond rounding. Free to change between starts are the ranks, engine, micro-batch, recomputation, device, chunk length
+and backend of the operations, stop_at_step, validation, logging and checkpoint settings. `train.steps` is part of the
+run: the schedules end there, so a longer run is another run from its first step on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dla_train.checkpoint.folders import write_atomically
+from dla_train.config import Config
+from dla_train.parallel.mesh import Mesh
+
+RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
+_FREE = {"model": ("name",), "memory": ("backend", "chunk_tokens")}
+_SHOWN = 5
+
+
+class RunDirectoryError(ValueError):
+    """run_dir holds another run, or one that may not be continued."""
+
+
+def run_identity(config: Config, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
+    """Every setting that makes two runs different, by dotted key."""
+    identity: dict[str, Any] = {"seed": config.seed}
+    for group in ("model", "memory", "optim"):
+        for key, value in dataclasses.asdict(getattr(config, group)).items():
+            if key not in _FREE.get(group, ()):
+                identity[f"{group}.{key}"] = value
+    for key in ("steps", "global_batch_rows", "dtype"):
+        identity[f"train.{key}"] = getattr(config.train, key)
+    identity["data.context_tokens"] = config.data.context_tokens
+    identity["data fingerprint"] = data_fingerprint
+    identity["tokenizer fingerprint"] = tokenizer_fingerprint
+    return identity
+
+
+def check_run_directory(config: Config, identity: dict[str, Any], mesh: Mesh) -> None:
+    """Raise RunDirectoryError, on every rank, unless run_dir is free or holds this very run. Writes nothing."""
+    message = mesh.from_writer(_objection(config, identity) if mesh.is_writer else None)
+    if message:
+        raise RunDirectoryError(message)
+
+
+def write_run_files(config: Config, config_yaml: str, identity: dict[str, Any], mesh: Mesh) -> None:
+    """Mark run_dir as holding this run and write the configuration of this start."""
+    if mesh.is_writer:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / RUN_FILE, json.dumps({"name": config.name, "identity": identity}, indent=1))
+        write_atomically(run_dir / CONFIG_FILE, config_yaml)
+    mesh.barrier()
+
+
+def _objection(config: Config, identity: dict[str, Any]) -> str | None:
+    run_dir, resume = Path(config.run_dir), config.checkpoint.resume
+    if run_dir.exists() and not run_dir.is_dir():
+        return f"run_dir={run_dir} is a file; choose another run_dir"
+    if not (run_dir / RUN_FILE).is_file():
+        left = [name for name in (METRICS_FILE, "checkpoints") if (run_dir / name).exists()]
+        if left:
+            return f"run_dir={run_dir} holds {' and '.join(left)} but no {RUN_FILE}; choose another run_dir"
+        if resume == "required":
+            return f"checkpoint.resume=required, but run_dir={run_dir} holds no run; check the path, or set it to auto"
+        return None
+    if resume == "never":
+        return f"run_dir={run_dir} holds a run and checkpoint.resume=never; choose another run_dir, or set it to auto"
+    stored = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+    return _differences(run_dir, stored, identity)
+
+
+def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]) -> str | None:
+    there = stored["identity"]
+    keys = [key for key in sorted(there.keys() | identity.keys()) if there.get(key) != identity.get(key)]
+    if not keys:
+        return None
+    listed = "; ".join(
+        f"{key} is {_short(there.get(key))} there and {_short(identity.get(key))} here" for key in keys[:_SHOWN]
+    )
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return (
+        f"run_dir={run_dir} holds another run, {stored['name']}: {listed}{more}. "
+        "Choose another run_dir, or resume with the settings of that run"
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "..." if len(text) > 40 else text

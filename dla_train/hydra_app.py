@@ -1,0 +1,220 @@
+"""The command line's side of the configuration: Hydra composes YAML groups, this module makes a `Config` of them.
+
+Owns the registration of the schema, the search for the configs folder, and the sentences a user reads after a mistake.
+Hydra's own messages name its internals, so each is translated: the key, the nearest legal one, the mend; exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from dla_train.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EngineConfig,
+    LoggingConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+from dla_train.config_rules import validate
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "memory": MemoryConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "parallel": ParallelConfig,
+    "engine": EngineConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+"""Hydra groups that fill one node of the configuration; `experiment` fills any."""
+
+
+def register_schema() -> None:
+    """Register `base_config` and one `base_<group>` per group, the nodes that the YAML files extend."""
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config)
+    for group, node in GROUPS.items():
+        store.store(group=group, name=f"base_{group}", node=node)
+
+
+def config_directory() -> Path:
+    """The configs folder: inside an installed package, else beside it in a source tree. Raises ConfigError."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"no configs folder in {package} or beside it; reinstall dla-train, or pass --config-dir")
+
+
+def compose(overrides: list[str]) -> Config:
+    """The configuration of a command line, e.g. `["experiment=quickstart"]`, unchecked. Raises ConfigError."""
+    register_schema()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
+        try:
+            return to_config(hydra.compose("config", overrides))
+        except HydraException as error:
+            raise ConfigError(explain(error)) from error
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The dataclasses of a composed configuration. Raises ConfigError on an unknown key or a missing value."""
+    try:
+        return _to_config(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def _to_config(composed: DictConfig) -> Config:
+    known = list(setting_names())
+    for key in _leaves(composed, ""):
+        if key not in known:
+            raise ConfigError(unknown_setting(key))
+    absent = OmegaConf.missing_keys(composed)
+    missing = [name for name in known if name in absent]
+    if missing:
+        listed = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        raise ConfigError(f"{listed}: no value given; set it, e.g. {missing[0]}=..., or start from an experiment=...")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The configuration from nested plain values, as a checkpoint holds them. Raises ConfigError."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(merged, DictConfig)
+    return to_config(merged)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The configuration as YAML, every value written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def run_application(job: Callable[[Config], Any], user_errors: tuple[type[Exception], ...]) -> int:
+    """Compose the command line, check it, run `job` on it. Returns the exit code: 2 after a user's mistake.
+
+    `user_errors` are the errors of `job` that are shown as one paragraph without a traceback. Under torchrun every rank
+    makes the same configuration, so rank 0 alone reports a mistake in it.
+    """
+    register_schema()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach this function instead of Hydra's own printer
+
+    def application(composed: DictConfig) -> None:
+        try:
+            job(checked_config(composed))
+        except user_errors as error:
+            raise SystemExit(_report(str(error), every_rank=True)) from error
+
+    try:
+        _refuse_multirun_under_torchrun()
+        hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(application)()
+    except ConfigError as error:
+        return _report(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _report(explain(error))
+    return 0
+
+
+def checked_config(composed: DictConfig) -> Config:
+    """The validated configuration of a job; in a multirun each point gets a run_dir named by its overrides."""
+    config = to_config(composed)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        swept = HydraConfig.get().job.override_dirname
+        config.run_dir = str(Path(config.run_dir) / (swept.replace("/", "_") or "default"))
+    validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    return config
+
+
+def _refuse_multirun_under_torchrun() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ConfigError("--multirun runs its jobs in one process, not under torchrun; start one torchrun per job")
+
+
+def _report(message: str, every_rank: bool = False) -> int:
+    """Print a mistake; one of the configuration is the same on every rank, one of the files may not be."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or every_rank:
+        print(f"dla-train: error: {message}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
+    return 2
+
+
+def setting_names() -> Iterator[str]:
+    """Every legal dotted key, `model.width` and so on, in the order of the schema."""
+    return _leaves(OmegaConf.structured(Config), "")
+
+
+def _leaves(node: DictConfig, prefix: str) -> Iterator[str]:
+    for key in node:
+        name = prefix + str(key)
+        child = MISSING if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig):
+            yield from _leaves(child, f"{name}.")
+        else:
+            yield name
+
+
+def unknown_setting(key: str) -> str:
+    """The sentence about a key that is not in the schema, with the nearest one that is."""
+    names = list(setting_names())
+    near = difflib.get_close_matches(key, [*names, *GROUPS, "experiment"], n=1, cutoff=0.6)
+    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    meant = (same_leaf or near or [""])[0]
+    advice = f"did you mean {meant}?" if meant else "`dla-train --cfg job` prints every setting"
+    return f"{key} is not a setting; {advice}"
+
+
+def explain(error: Exception) -> str:
+    """One sentence for an error of Hydra or OmegaConf: what was given, what is legal."""
+    for cause in _causes(error):
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options is not None:
+            return _unknown_option(cause.missing_cfg_file, list(cause.options))
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
+            return unknown_setting(str(cause.full_key))
+        if isinstance(cause, ValidationError) and cause.full_key:
+            return _wrong_type(cause)
+    first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return f"{first_line}; write overrides as key=value, `dla-train --cfg job` prints every setting"
+
+
+def _unknown_option(wanted: str, options: list[str]) -> str:
+    group, _, option = wanted.rpartition("/")
+    legal = [name for name in options if not name.startswith("base_")]
+    near = difflib.get_close_matches(option, legal, n=1, cutoff=0.5)
+    meant = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}={option} is not an option of the group {group}; {meant}choose from {', '.join(legal)}"
+
+
+def _wrong_type(error: ValidationError) -> str:
+    reason = str(error).splitlines()[0]
+    key: str = str(error.full_key)
+    return f"{key}: {reason[0].lower()}{reason[1:]}; give a value of the setting's type"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__

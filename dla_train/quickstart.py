@@ -1,0 +1,176 @@
+"""The newcomer's run (`make quickstart`): from nothing to a trained, resumed, sampled DLA language model, on a CPU.
+
+Corpus, tokenizer and token files come from the running Python's own standard library: no download. Training is stopped
+half way and resumed in a new process, by the same command a user would type. What was measured goes into report.json
+and two pictures. Running it again goes on where it was: finished parts are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.sources import text_sources
+from data_prep.stdlib_corpus import write_stdlib_corpus
+from data_prep.train_tokenizer import train_tokenizer
+from data_prep.write_tokens import write_tokens
+from dla_train.checkpoint import complete_steps
+from dla_train.config import Config
+from dla_train.data.loader import open_sources
+from dla_train.data.tokenizer import load_tokenizer
+from dla_train.evaluate.held_out import HeldOut, held_out_loss
+from dla_train.evaluate.loading import load_model
+from dla_train.evaluate.loss_curve import plot_loss_curve
+from dla_train.evaluate.merge_map import merge_map, plot_merge_map
+from dla_train.evaluate.unigram import unigram_entropy
+from dla_train.generate import generate
+from dla_train.hydra_app import compose
+
+PROMPT = "def parse_arguments(self, "
+MAP_CHARACTERS = 1200
+"""Length of the held-out text in the merge map."""
+HELD_OUT_BATCHES = 16
+WORKERS = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every part in turn; returns 0, or the exit status of the part that failed."""
+    parser = argparse.ArgumentParser(prog="python -m dla_train.quickstart", description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="remove an earlier quickstart first")
+    parser.add_argument("overrides", nargs="*", help="settings of the training run, e.g. train.steps=60")
+    options = parser.parse_args(arguments)
+    overrides = ["experiment=quickstart", *options.overrides]
+    config = compose(overrides)
+    folder = Path(config.data.tokenizer).parent
+    if options.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    with _timed("1/4 corpus, tokenizer and token files", seconds):
+        prepare_corpus(config)
+    with _timed("2/4 training, stopped half way and resumed in a new process", seconds):
+        half = config.train.steps // 2
+        for stop in (half, config.train.steps):
+            status = _train(overrides, stop, Path(config.run_dir))
+            if status:
+                return status
+    with _timed("3/4 held-out loss and samples", seconds):
+        report = measure(config)
+    with _timed("4/4 pictures", seconds):
+        pictures = draw(config, report["unigram_entropy"], half)
+    report |= {"seconds": seconds, "seconds_total": time.perf_counter() - started}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _print_summary(report, [*pictures, folder / "report.json"])
+    return 0
+
+
+@contextmanager
+def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"\n== {title}", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[title] = time.perf_counter() - started
+
+
+def prepare_corpus(config: Config) -> None:
+    """Write the files that `data=quickstart` names, except those that stand already."""
+    model = Path(config.data.tokenizer)
+    corpus, prefix = model.with_suffix(".jsonl"), model.with_suffix("")
+    if not corpus.exists():
+        print(f"corpus: {write_stdlib_corpus(corpus).text_bytes / 1e6:.1f} MB of Python's standard library")
+    sources = text_sources([str(corpus)], text_field="text")
+    if not model.exists():
+        report = train_tokenizer(sources, model, config.model.vocab_size)
+        print(f"tokenizer: {report.vocab_size} ids, {report.bytes_per_token:.2f} bytes per token")
+    if not Path(f"{config.data.train[0]}.bin").exists():
+        report_tokens = write_tokens(sources, prefix, model, validation_fraction=0.02, workers=WORKERS)
+        for split in report_tokens.splits.values():
+            print(f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")
+
+
+def _train(overrides: list[str], stop: int, run_dir: Path) -> int:
+    """Train up to step `stop` in a process of its own, as a user would; skipped where a checkpoint is that far."""
+    done = max(complete_steps(run_dir / "checkpoints"), default=0)
+    if done >= stop:
+        print(f"step {stop} is trained already")
+        return 0
+    command = [sys.executable, "-m", "dla_train.train", *overrides, f"train.stop_at_step={stop}"]
+    print("$ " + " ".join(["python", *command[1:]]), flush=True)
+    return subprocess.run(command, check=False).returncode
+
+
+def measure(config: Config) -> dict[str, object]:
+    """Held-out loss, bits per byte, the unigram entropy to beat, and a sample, of the run's newest checkpoint."""
+    model, _, step = load_model(config.run_dir)
+    sources = open_sources(
+        config.data,
+        global_batch_rows=config.train.global_batch_rows,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+    )
+    assert sources.validation is not None  # the experiment names validation files
+    batches = sources.validation.validation_batches(HELD_OUT_BATCHES, 0, 1, config.train.micro_batch_rows)
+    result: HeldOut = held_out_loss(model, batches, sources.tokenizer, model.embedding.weight.device)
+    sample = generate(model, sources.tokenizer.encode(PROMPT), 120, temperature=0.7, top_k=40)
+    report = {
+        "step": step,
+        "held_out_loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "held_out_tokens": result.tokens,
+        "unigram_entropy": unigram_entropy(sources.train.files, config.model.vocab_size),
+        "prompt": PROMPT,
+        "sample": sources.tokenizer.decode(sample.tokens),
+        "cache_bytes": sample.cache_bytes,
+        "decode_tokens_per_second": sample.tokens_per_second,
+    }
+    sources.train.close()
+    return report
+
+
+def draw(config: Config, entropy: object, resumed_at: int) -> list[Path]:
+    """Loss curve and merge map; returns the files."""
+    model, _, step = load_model(config.run_dir)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    run = Path(config.run_dir)
+    curve, drawn = run / "loss_curve.png", run / "merge_map.png"
+    title = f"{config.model.name} x {config.memory.policy} on Python's standard library"
+    plot_loss_curve(
+        run / "metrics.jsonl",
+        curve,
+        title=title,
+        levels={"unigram entropy": float(str(entropy))},
+        resumed_at=[resumed_at],
+    )
+    sources = open_sources(
+        config.data,
+        global_batch_rows=config.train.global_batch_rows,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+    )
+    assert sources.validation is not None
+    text = tokenizer.decode(sources.validation.files.read(0).tolist())[:MAP_CHARACTERS]
+    sources.train.close()
+    found = merge_map(model, tokenizer, text, layer=config.model.num_layers // 2, head=0)
+    plot_merge_map(found, drawn, title=f"{config.model.name}, step {step}: a held-out text in one head's memory")
+    return [curve, drawn]
+
+
+def _print_summary(report: dict[str, object], files: list[Path]) -> None:
+    print(
+        f"\nheld-out loss {report['held_out_loss']:.3f} nats per token, {report['bits_per_byte']:.3f} bits per byte "
+        f"(unigram entropy {report['unigram_entropy']:.3f})"
+    )
+    print(f"caches {report['cache_bytes']:,} bytes at any context, {report['decode_tokens_per_second']:.0f} tokens/s")
+    print(f"sample: {report['prompt']}{report['sample']}\n")
+    print(f"{report['seconds_total']:.0f} s; see " + ", ".join(str(file) for file in files))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
