@@ -2,14 +2,13 @@
 
 Corpus, tokenizer and token files come from the running Python's own standard library: no download. Training is stopped
 half way and resumed in a new process, by the same command a user would type. What was measured goes into report.json
-and two pictures. Running it again goes on where it was: finished parts are kept.
+and two pictures. Running it again keeps finished parts; remove build/quickstart to start anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from dla_train.data.tokenizer import load_tokenizer
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
 from dla_train.evaluate.loading import load_model
 from dla_train.evaluate.loss_curve import plot_loss_curve
-from dla_train.evaluate.merge_map import merge_map, plot_merge_map
+from dla_train.evaluate.merge_map import merge_map, plot_merge_map, typical_head
 from dla_train.evaluate.unigram import unigram_entropy
 from dla_train.generate import generate
 from dla_train.hydra_app import compose
@@ -43,22 +42,21 @@ WORKERS = 2
 def main(arguments: list[str] | None = None) -> int:
     """Run every part in turn; returns 0, or the exit status of the part that failed."""
     parser = argparse.ArgumentParser(prog="python -m dla_train.quickstart", description=__doc__)
-    parser.add_argument("--fresh", action="store_true", help="remove an earlier quickstart first")
     parser.add_argument("overrides", nargs="*", help="settings of the training run, e.g. train.steps=60")
     options = parser.parse_args(arguments)
     overrides = ["experiment=quickstart", *options.overrides]
     config = compose(overrides)
     folder = Path(config.data.tokenizer).parent
-    if options.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     with _timed("1/4 corpus, tokenizer and token files", seconds):
         prepare_corpus(config)
     with _timed("2/4 training, stopped half way and resumed in a new process", seconds):
         half = config.train.steps // 2
-        for stop in (half, config.train.steps):
-            status = _train(overrides, stop, Path(config.run_dir))
+        trained = max(complete_steps(Path(config.run_dir) / "checkpoints"), default=0)
+        # the last part always runs: a finished run ends at once, and one of other settings is refused
+        for stop in (half, config.train.steps)[trained >= half :]:
+            status = _train(overrides, stop)
             if status:
                 return status
     with _timed("3/4 held-out loss and samples", seconds):
@@ -95,12 +93,8 @@ def prepare_corpus(config: Config) -> None:
             print(f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")
 
 
-def _train(overrides: list[str], stop: int, run_dir: Path) -> int:
-    """Train up to step `stop` in a process of its own, as a user would; skipped where a checkpoint is that far."""
-    done = max(complete_steps(run_dir / "checkpoints"), default=0)
-    if done >= stop:
-        print(f"step {stop} is trained already")
-        return 0
+def _train(overrides: list[str], stop: int) -> int:
+    """Train up to step `stop` in a process of its own, as a user would; its exit status."""
     command = [sys.executable, "-m", "dla_train.train", *overrides, f"train.stop_at_step={stop}"]
     print("$ " + " ".join(["python", *command[1:]]), flush=True)
     return subprocess.run(command, check=False).returncode
@@ -157,7 +151,8 @@ def draw(config: Config, entropy: object, resumed_at: int) -> list[Path]:
     assert sources.validation is not None
     text = tokenizer.decode(sources.validation.files.read(0).tolist())[:MAP_CHARACTERS]
     sources.train.close()
-    found = merge_map(model, tokenizer, text, layer=config.model.num_layers // 2, head=0)
+    layer, head = typical_head(model, tokenizer, text, config.memory.target_boundary_rate)
+    found = merge_map(model, tokenizer, text, layer=layer, head=head)
     plot_merge_map(found, drawn, title=f"{config.model.name}, step {step}: a held-out text in one head's memory")
     return [curve, drawn]
 

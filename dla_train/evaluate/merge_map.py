@@ -81,6 +81,20 @@ def merge_map(model: LanguageModel, tokenizer: Tokenizer, text: str, *, layer: i
     )
 
 
+@torch.no_grad()
+def typical_head(model: LanguageModel, tokenizer: Tokenizer, text: str, rate: float) -> tuple[int, int]:
+    """(layer, head) whose boundaries per token of `text` come closest to `rate`."""
+    was_training = model.training
+    model.eval()
+    model.reset_memory_statistics()
+    model(torch.tensor([tokenizer.encode(text)], device=model.embedding.weight.device))
+    boundaries, tokens = model.memory_statistics()[..., :2].unbind(-1)
+    model.reset_memory_statistics()
+    model.train(was_training)
+    best = int((boundaries / tokens - rate).abs().flatten().argmin())
+    return divmod(best, model.model_config.num_heads)
+
+
 def _pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     """The text each token adds; bytes of an unfinished character show when the character is complete."""
     pieces, before = [], ""
@@ -94,9 +108,12 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 def plot_merge_map(found: MergeMap, output: Path, *, title: str) -> None:
     """Write the picture as a PNG."""
     places, lines = _typeset(found.pieces)
-    figure = Figure(figsize=(13, 0.26 * lines + 3.4), layout="constrained")
-    text, drift = figure.subplots(2, 1, height_ratios=[0.26 * lines + 0.3, 2.2])
-    _draw_text(text, found, places, lines)
+    columns = max(COLUMNS // 2, *(column + len(shown) for parts in places for _, column, shown in parts))
+    figure = Figure(figsize=(0.085 * columns + 0.8, 0.19 * lines + 3.2), layout="constrained")
+    text, drift = figure.subplots(2, 1, height_ratios=[0.19 * lines + 0.3, 2.0])
+    _draw_text(text, found, places)
+    text.set_xlim(-0.5, columns + 0.5)
+    text.set_ylim(lines, 0)
     _draw_drift(drift, found)
     opened, left = sum(found.boundary), len(found.slot_starts)
     counts = f"{len(found.pieces)} tokens, {opened} boundaries, {opened - left} merged away, {left} slots at the end"
@@ -135,7 +152,7 @@ def _slot_colours(found: MergeMap) -> list[tuple[float, ...]]:
     return colours
 
 
-def _draw_text(axes: Axes, found: MergeMap, places: list[list[tuple[int, int, str]]], lines: int) -> None:
+def _draw_text(axes: Axes, found: MergeMap, places: list[list[tuple[int, int, str]]]) -> None:
     colours, alive = _slot_colours(found), set(found.slot_starts)
     for token, parts in enumerate(places):
         for line, column, shown in parts:
@@ -146,7 +163,7 @@ def _draw_text(axes: Axes, found: MergeMap, places: list[list[tuple[int, int, st
                     line + 0.5,
                     character,
                     family="monospace",
-                    fontsize=8.5,
+                    fontsize=9.5,
                     ha="center",
                     va="center",
                     parse_math=False,
@@ -159,8 +176,6 @@ def _draw_text(axes: Axes, found: MergeMap, places: list[list[tuple[int, int, st
                 else {"color": "red", "linewidth": 1.0, "linestyle": ":"}
             )
             axes.plot([column, column], [line, line + 1], **style)  # type: ignore[arg-type]
-    axes.set_xlim(-0.5, COLUMNS + 0.5)
-    axes.set_ylim(lines, 0)
     axes.set_axis_off()
 
 
