@@ -59,7 +59,7 @@ def dla_attention(
         )
     if closed_slots not in CLOSED_SLOTS:
         raise ValueError(f"closed_slots={closed_slots!r} is not one of {', '.join(CLOSED_SLOTS)}")
-    chunk = chunk_size or default_chunk_size(v.device)
+    chunk = chunk_size or default_chunk_size(v.device, k.shape[-1])
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     frozen, dtype = closed_slots == "frozen", compute_dtype(q, k, v)
     weights = heads_first(read_weights, heads, dtype)
@@ -136,4 +136,6 @@ def slot_affinity(
     rho, kappa = heads_first(rho, heads, dtype), heads_first(kappa, heads, dtype)
     if resolve_backend(backend) == "recurrent":
         return recurrent_affinity(rho, kappa, plan, sums).transpose(1, 2)
-    return chunk_affinity(rho, kappa, plan, sums, chunk_size or default_chunk_size(rho.device)).transpose(1, 2)
+    return chunk_affinity(
+        rho, kappa, plan, sums, chunk_size or default_chunk_size(rho.device, rho.shape[-1])
+    ).transpose(1, 2)

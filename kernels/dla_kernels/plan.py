@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dla_kernels.launch import default_chunk_size
-
 if TYPE_CHECKING:
     from dla_kernels.memory.slots import ChunkSlots
 
@@ -82,4 +80,4 @@ class MemoryPlan:
         from dla_kernels.memory.slots import chunk_slots
 
         made = next(iter(self.slots_by_chunk.values()), None)
-        return made or chunk_slots(self, default_chunk_size(self.boundary.device))
+        return made or chunk_slots(self, 64)

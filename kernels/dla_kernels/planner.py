@@ -90,7 +90,7 @@ def plan_memory(
         rule=capacity_rule,
         interval=interval,
         cache=cache,
-        chunk=chunk_size or default_chunk_size(device),
+        chunk=chunk_size or default_chunk_size(device, k.shape[-1]),
         backend=resolve_backend(backend),
         score_gradients=score_gradients,
         document_start=document_starts(

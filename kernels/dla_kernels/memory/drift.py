@@ -9,11 +9,12 @@ compares the same rounded number with tau.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dla_kernels.backbones import gates_of
@@ -57,25 +58,45 @@ class _Moments:
 class _Token:
     """Per-token quantities [B, H, N, C]."""
 
-    key_norm: Tensor
-    """|k|^2."""
-    value_norm: Tensor
-    """|v|^2."""
-    log_decay: Tensor
+    size: Tensor
+    """|k|^2 |v|^2."""
+    decay: Tensor
+    """e^g."""
     erase: Tensor
     write: Tensor
+    gain_matched: Tensor
+    """|S'|^2 - e^(2g) |S|^2 = gain_matched k^T S v - gain_recalled |S^T k|^2 + gain_written, with S' the next S."""
+    gain_recalled: Tensor
+    gain_written: Tensor
+
+    @classmethod
+    def of(cls, key_norm: Tensor, value_norm: Tensor, log_decay: Tensor, erase: Tensor, write: Tensor) -> _Token:
+        """From |k|^2, |v|^2 and the gates, for S' = e^g (I - erase k k^T) S + write k v^T."""
+        decay = log_decay.exp()
+        return cls(
+            size=key_norm * value_norm,
+            decay=decay,
+            erase=erase,
+            write=write,
+            gain_matched=2 * decay * write * (1 - erase * key_norm),
+            gain_recalled=decay**2 * (2 * erase - erase**2 * key_norm),
+            gain_written=write**2 * key_norm * value_norm,
+        )
 
     def next_norm_gain(self, m: _Moments) -> Tensor:
-        """|S'|^2 - e^(2g) |S|^2 for S' = e^g (I - erase k k^T) S + write k v^T."""
-        decay = self.log_decay.exp()
-        erased = (2 * self.erase - self.erase**2 * self.key_norm) * m.recalled
-        crossed = self.write * (1 - self.erase * self.key_norm) * m.value_match
-        return 2 * decay * crossed - decay**2 * erased + self.write**2 * self.key_norm * self.value_norm
+        """|S'|^2 - e^(2g) |S|^2."""
+        return self.gain_written + self.gain_matched * m.value_match - self.gain_recalled * m.recalled
 
-    def at(self, where: tuple[Any, ...]) -> _Token:
-        return _Token(
-            *(getattr(self, name)[where] for name in ("key_norm", "value_norm", "log_decay", "erase", "write"))
-        )
+    def columns(self) -> _Token:
+        """The same with an axis more, to broadcast over openings."""
+        return _Token(*(x[..., None] for x in self._tensors()))
+
+    def per_chunk(self) -> list[_Token]:
+        """One _Token [B, H, C] a chunk."""
+        return [_Token(*parts) for parts in zip(*(x.unbind(2) for x in self._tensors()), strict=True)]
+
+    def _tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]
 
 
 def drift_from_cosine(cosine: Tensor) -> Tensor:
@@ -86,11 +107,10 @@ def drift_from_cosine(cosine: Tensor) -> Tensor:
 def _cosine(token: _Token, m: _Moments, drift: str) -> Tensor:
     """Cosine between S_open and the token's write, or the state after it; 0 where either is zero."""
     if drift == "token":
-        inner, size = m.value_match, token.key_norm * token.value_norm * m.norm
+        inner, size = m.value_match, token.size * m.norm
     else:
-        decay = token.log_decay.exp()
-        inner = decay * (m.norm - token.erase * m.recalled) + token.write * m.value_match
-        size = (decay**2 * m.norm + token.next_norm_gain(m)) * m.norm
+        inner = token.decay * (m.norm - token.erase * m.recalled) + token.write * m.value_match
+        size = (token.decay**2 * m.norm + token.next_norm_gain(m)) * m.norm
     positive = size > 0
     return torch.where(positive, inner * torch.where(positive, size, 1.0).rsqrt(), 0.0)
 
@@ -119,21 +139,17 @@ def chunk_drift(
     forced = _document_heads(document_start, chunk)
     tau = tau.to(device=k.device, dtype=torch.float32)[:, None]
     state = scan.empty_state() if cache is None else _open_state(cache).to(dtype)
-    reached, table_score = scan.reachable_boundaries(tau, forced)
-    scores, boundaries, states = [], [], []
-    for n in range(scan.k.shape[2]):
-        states.append(state)
-        score, boundary, state = scan.walk(n, state, tau, forced[:, :, n], reached[:, :, n], table_score[:, :, n])
-        scores.append(score)
-        boundaries.append(boundary)
-    boundary, score = torch.stack(boundaries, 2), torch.stack(scores, 2).masked_fill(forced, 0.0)
+    reached, table = scan.reachable_boundaries(tau, forced)
+    first, carried, states = scan.enter_chunks(state, tau, forced, reached)
+    boundary, score = _follow(first, carried, reached, table)
+    score = score.masked_fill(forced, 0.0)
 
     def tokens_of(x: Tensor) -> Tensor:
         return x.flatten(2, 3)[:, :, :tokens]
 
     grads = None
     if gradients:
-        grad_k, grad_v = scan.score_gradients(torch.stack(states, 2), boundary)
+        grad_k, grad_v = scan.score_gradients(states, boundary)
         grads = (tokens_of(grad_k), tokens_of(grad_v))
     return Drift(tokens_of(score), tokens_of(boundary), grads)
 
@@ -157,13 +173,11 @@ class _Scan:
         self.k, self.v, self.drift, self.sees = k, v, drift, sees
         erase, write = gates_of(beta)
         ones = torch.ones_like(log_decay)
-        self.token = _Token(
-            k.square().sum(-1),
-            v.square().sum(-1),
-            log_decay,
-            torch.zeros_like(ones) if erase is None else erase,
-            ones if write is None else write,
-        )
+        self.log_decay = log_decay
+        self.erase = torch.zeros_like(ones) if erase is None else erase
+        self.write = ones if write is None else write
+        self.value_norm = v.square().sum(-1)
+        self.token = _Token.of(k.square().sum(-1), self.value_norm, log_decay, self.erase, self.write)
         cum = document_cumsum(log_decay, sees)
         self.cum_before = cum - log_decay
         self.matrix = write_matrix(k, cum, erase, write, sees)
@@ -199,48 +213,45 @@ class _Scan:
         values = self.v @ self.v.transpose(-1, -2)
         matched = _suffix_sum(self.recall * values)
         cross = self.recall @ values.tril(-1)
-        recalled = _suffix_sum(self.recall * (2 * cross + self.recall * self.token.value_norm[..., None, :]))
-        token = self.token.at((..., None))
+        recalled = _suffix_sum(self.recall * (2 * cross + self.recall * self.value_norm[..., None, :]))
+        token = self.token.columns()
         moments = _Moments(matched, recalled, torch.zeros_like(matched))
         size = matched.shape[-1]
         opened = torch.ones(size, size, dtype=torch.bool, device=matched.device).tril()
         norm = self.fade @ (token.next_norm_gain(moments) * opened)
         return drift_from_cosine(_cosine(token, _Moments(matched, recalled, norm), self.drift)).float()
 
-    def walk(
-        self, n: int, state: Tensor, tau: Tensor, forced: Tensor, reached: Tensor, table: Tensor
+    def enter_chunks(
+        self, state: Tensor, tau: Tensor, forced: Tensor, reached: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and boundaries [B, H, C] of chunk n entered with open state [B, H, K, V]; and the open state it
-        leaves."""
-        here = (slice(None), slice(None), n)
-        size = table.shape[-1]
-        recalled = self.recalled_values[here] + self.key_open[here] @ state
-        moments = _Moments(
-            (recalled * self.v[here]).sum(-1), recalled.square().sum(-1), torch.zeros_like(recalled[..., 0])
-        )
-        token = self.token.at(here)
-        entered = state.square().sum((-1, -2))[..., None]
-        norm = (2 * self.cum_before[here]).exp() * entered + (
-            self.fade[here] @ token.next_norm_gain(moments)[..., None]
-        )[..., 0]
-        moments = _Moments(moments.value_match, moments.recalled, norm)
-        carried = drift_from_cosine(_cosine(token, moments, self.drift)).float()
+        """Pass over the chunks, entered first with open state [B, H, K, V].
 
-        hit = (carried >= tau) | forced
-        first = torch.where(hit.any(-1), hit.to(torch.int8).argmax(-1), size)
-        boundary = torch.cat([reached, torch.zeros_like(reached[..., :1, :])], dim=-2)
-        boundary = boundary.gather(-2, first[..., None, None].expand(*first.shape, 1, size))[..., 0, :]
+        Returns each chunk's first boundary [B, H, N] int64 (C: none), its tokens' scores against the state it is
+        entered with [B, H, N, C] float32, and those states [B, H, N, K, V]. The rest follows from these without a loop.
+        """
+        size = reached.shape[-1]
         index = torch.arange(size, device=state.device)
-        latest = torch.where(boundary, index, -1).cummax(-1).values
-        before = torch.cat([torch.full_like(latest[..., :1], -1), latest[..., :-1]], dim=-1)
-        own = table.gather(-1, before.clamp_min(0)[..., None])[..., 0]
-        score = torch.where(before < 0, carried, own)
-
-        newest = latest[..., -1:]
-        kept = self.key_end[here] * (index >= newest)[..., None]
-        unbroken = (newest < 0)[..., None].to(state.dtype)
-        moved = apply_transition(self.whole[here], state[..., None, :, :])[..., 0, :, :]
-        return score, boundary, unbroken * moved + kept.transpose(-1, -2) @ self.v[here]
+        last = F.pad(torch.where(reached, index, -1).amax(-1), (0, 1), value=-1)
+        faded = (2 * self.cum_before).exp()
+        tables = (self.recalled_values, self.key_open, self.v, self.fade, faded, self.key_end, self.whole, forced, last)
+        firsts, scores, states = [], [], []
+        for token, parts in zip(self.token.per_chunk(), zip(*(x.unbind(2) for x in tables), strict=True), strict=True):
+            recalled_values, key_open, v, fade, fades, key_end, whole, starts, lasts = parts
+            states.append(state)
+            recalled = recalled_values + key_open @ state
+            matched, square = (recalled * v).sum(-1), recalled.square().sum(-1)
+            gain = token.next_norm_gain(_Moments(matched, square, square))
+            norm = fades * state.square().sum((-1, -2))[..., None] + (fade @ gain[..., None])[..., 0]
+            score = drift_from_cosine(_cosine(token, _Moments(matched, square, norm), self.drift)).float()
+            hit = F.pad((score >= tau) | starts, (0, 1), value=True)
+            first = hit.to(torch.int8).argmax(-1)
+            newest = lasts.gather(-1, first[..., None])
+            kept = key_end * (index >= newest)[..., None]
+            moved = apply_transition(whole, state[..., None, :, :])[..., 0, :, :]
+            state = moved.masked_fill((newest >= 0)[..., None], 0.0) + kept.transpose(-1, -2) @ v
+            firsts.append(first)
+            scores.append(score)
+        return torch.stack(firsts, 2), torch.stack(scores, 2), torch.stack(states, 2)
 
     def score_gradients(self, states: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor]:
         """d score / d k and d score / d v of every token [B,H,N,C,K|V], S_open constant; states [B,H,N,K,V] enter the
@@ -261,9 +272,7 @@ class _Scan:
             square = recalled.square().sum(-1)
             if twice is not None:
                 square = square + ((k - self.k) * twice).sum(-1)
-            token = _Token(
-                k.square().sum(-1), v.square().sum(-1), self.token.log_decay, self.token.erase, self.token.write
-            )
+            token = _Token.of(k.square().sum(-1), v.square().sum(-1), self.log_decay, self.erase, self.write)
             score = drift_from_cosine(_cosine(token, _Moments(matched, square, size), self.drift))
             grads = torch.autograd.grad(score.sum(), (k, v))
         positive = (score.detach() > 0)[..., None]  # the root has no gradient at 0, where no boundary is either
@@ -285,7 +294,7 @@ class _Scan:
     ) -> Callable[[Tensor], Tensor]:
         """The map x_t [B,H,N,C,V] -> S_open(t) x_t [B,H,N,C,K], as S_open(t) = sum_i e^(G_(t-1)-G_i) k_i u_i^T +
         carried part."""
-        cum = document_cumsum(self.token.log_decay, self.sees)
+        cum = document_cumsum(self.log_decay, self.sees)
         spread = causal_decay(self.cum_before, cum, self.sees, strict=True) * in_open
         written = self.v
         if self.matrix is not None:
@@ -298,6 +307,18 @@ class _Scan:
             return (spread * (x @ written.transpose(-1, -2))) @ self.k + reach * (x @ states.transpose(-1, -2))
 
         return times
+
+
+def _follow(first: Tensor, carried: Tensor, reached: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Boundaries bool and scores float32 [B, H, N, C] of the walk that each chunk's first boundary [B, H, N] begins."""
+    size = reached.shape[-1]
+    index = torch.arange(size, device=reached.device)
+    rows = F.pad(reached, (0, 0, 0, 1), value=False)
+    boundary = rows.gather(-2, first[..., None, None].expand(*first.shape, 1, size))[..., 0, :]
+    latest = torch.where(boundary, index, -1).cummax(-1).values
+    before = F.pad(latest[..., :-1], (1, 0), value=-1)
+    own = table.gather(-1, before.clamp_min(0)[..., None])[..., 0]
+    return boundary, torch.where(before < 0, carried, own)
 
 
 def _suffix_sum(x: Tensor) -> Tensor:

@@ -118,24 +118,30 @@ def _walk(
     alive[..., :capacity] = entries[..., :capacity]
     shift = torch.arange(capacity, device=lists.device)
     without = torch.stack([shift + (shift > pair) for pair in range(capacity - 1)])
-    seen = in_document.flatten()[source]
-    steps = most - capacity
-    removed = torch.empty(steps, rows, dtype=torch.float64, device=lists.device)
-    pairs = torch.zeros(steps, rows, dtype=torch.int64, device=lists.device)
-    for step in range(steps):
-        alive[..., capacity] = entries[..., capacity + step]
+    seen = in_document.flatten()[source][:, capacity:].T
+    pairs = torch.zeros(most - capacity, rows, dtype=torch.int64, device=lists.device)
+    label_sums = torch.empty(most - capacity, rows, dtype=torch.float64, device=lists.device)
+    # Views and outputs are made once: with lists this short a step costs what its calls cost.
+    newest, kept, kept_labels = alive[..., capacity], alive[..., :capacity], alive[2, :, :capacity]
+    ends, begins = alive[:2, :, 2:], alive[:2, :, :-2]
+    gap, density = torch.empty_like(begins), torch.empty_like(begins[0])
+    token_gap, score_gap = gap
+    steps = zip(entries[..., capacity:].unbind(-1), pairs.unbind(0), label_sums.unbind(0), seen.unbind(0), strict=True)
+    for entry, pair, label_sum, position_seen in steps:
+        newest.copy_(entry)
         if rule == "density":
-            gap = alive[:2, :, 2:] - alive[:2, :, :-2]
-            pair = (gap[1] / gap[0]).argmin(-1)
-        elif rule == "oldest":
-            pair = pairs[step]
-        else:
-            pair = random_pair(seen[:, capacity + step], capacity - 1)
-        pairs[step] = pair
-        removed[step] = alive[2].gather(-1, pair[:, None] + 1)[:, 0]
-        alive[..., :capacity] = alive.gather(-1, without[pair].expand(3, rows, capacity))
+            torch.sub(ends, begins, out=gap)
+            torch.div(score_gap, token_gap, out=density)
+            torch.argmin(density, dim=-1, out=pair)
+        elif rule == "random":
+            pair.copy_(random_pair(position_seen, capacity - 1))
+        kept.copy_(alive.gather(-1, without.index_select(0, pair).expand(3, rows, capacity)))
+        torch.sum(kept_labels, dim=-1, out=label_sum)
+    # Labels are whole numbers: what a step's sum lacks of the sum before and the label that arrived is the one removed.
+    before = torch.cat([label[:, :capacity].sum(-1)[None], label_sums[:-1]])
+    leaves = (before + label[:, capacity:].T - label_sums).long().T
     happened = ~pad[:, capacity:].T
     arriving = source[:, capacity:].T[happened]
-    leaving = source.gather(1, removed.long().T).T[happened]
+    leaving = source.gather(1, leaves).T[happened]
     death.view(-1)[leaving] = position.flatten()[arriving]
     merged.view(-1)[arriving] = pairs[happened]

@@ -151,35 +151,26 @@ def _slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, ch
     batch, heads, tokens = boundary.shape
     capacity, device = plan.capacity, boundary.device
     dummy = capacity + tokens
-    slot = torch.arange(capacity, device=device)
-    source = torch.where(slot < plan.carried_fill[..., None], slot, dummy)
-    start = torch.where(slot < plan.carried_fill[..., None], plan.carried_start, -NEVER)
-    dies = plan.carried_death
     index = torch.arange(tokens, device=device).expand(batch, heads, tokens)
-    rows, overflow = [source], torch.zeros((), dtype=torch.bool, device=device)
+    used = torch.arange(capacity, device=device) < plan.carried_fill[..., None]
+    # (source, first token, death) of every candidate; what is no boundary is dead from the start
+    of_tokens = torch.stack([index + capacity, index, torch.where(boundary, death, -1)])
+    slot = torch.arange(capacity, device=device).expand(batch, heads, capacity)
+    unused = torch.tensor([dummy, -NEVER, -1], device=device)[:, None, None, None]
+    slots = torch.where(used, torch.stack([slot, plan.carried_start, plan.carried_death]), unused)
+    empty = unused.expand(3, batch, heads, capacity + 1)
+    rows, counts = [slots[0]], []
     for begin in range(0, tokens, chunk):
         end = min(begin + chunk, tokens)
-        inside = slice(begin, end)
-        alive = torch.cat([source < dummy, boundary[:, :, inside]], dim=-1)
-        candidates = torch.cat([source, index[:, :, inside] + capacity], dim=-1)
-        starts = torch.cat([start, index[:, :, inside]], dim=-1)
-        deaths = torch.cat([dies, death[:, :, inside]], dim=-1)
-        alive &= (deaths >= end) & (starts >= plan.document_start[:, None, end - 1 : end])
-        place = torch.where(alive, alive.cumsum(-1) - 1, capacity)
-        overflow |= (place > capacity).any()
-        place.clamp_(max=capacity)
-        source = _place(candidates, place, capacity, dummy)
-        start = _place(starts, place, capacity, -NEVER)
-        dies = _place(deaths, place, capacity, NEVER)
-        rows.append(source)
-    if bool(overflow):
+        candidates = torch.cat([slots, of_tokens[..., begin:end]], dim=-1)
+        alive = (candidates[2] >= end) & (candidates[1] >= plan.document_start[:, None, end - 1 : end])
+        place = alive.cumsum(-1)
+        counts.append(place[..., -1])
+        place = torch.where(alive, place - 1, capacity).clamp_(max=capacity)
+        slots = empty.scatter(-1, place.expand(candidates.shape), candidates)[..., :capacity]
+        rows.append(slots[0])
+    if bool((torch.stack(counts) > capacity).any()):
         raise ValueError(
             f"the plan keeps more than its capacity of {capacity} slots alive; its merges are inconsistent"
         )
     return torch.stack(rows, dim=2)
-
-
-def _place(values: Tensor, place: Tensor, capacity: int, unused: int) -> Tensor:
-    """Compact `values` [B, H, S+C] into [B, H, S] at `place`; entries placed at `capacity` are dropped."""
-    out = values.new_full((*values.shape[:2], capacity + 1), unused)
-    return out.scatter(-1, place, values)[..., :capacity]
