@@ -93,6 +93,14 @@ def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | Non
     return lists
 
 
+class _Alive:
+    """Views of a buffer [3, lists, K + 1]: (position, prefix sum, label) of the boundaries alive and the arriving one."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.slots, self.shifted, self.newest = buffer[..., :-1], buffer[..., 1:], buffer[..., -1]
+        self.begins, self.ends, self.labels = buffer[:2, :, :-2], buffer[:2, :, 2:], buffer[2, :, :-1]
+
+
 def _walk(
     lists: Tensor,
     position: Tensor,
@@ -114,29 +122,30 @@ def _walk(
     sums = torch.where(pad, 0.0, prefix.flatten()[source])
     label = torch.arange(most, device=lists.device, dtype=torch.float64).expand(rows, most)
     entries = torch.stack([at, sums, label])
-    alive = torch.empty(3, rows, capacity + 1, dtype=torch.float64, device=lists.device)
-    alive[..., :capacity] = entries[..., :capacity]
-    shift = torch.arange(capacity, device=lists.device)
-    without = torch.stack([shift + (shift > pair) for pair in range(capacity - 1)])
     seen = in_document.flatten()[source][:, capacity:].T
     pairs = torch.zeros(most - capacity, rows, dtype=torch.int64, device=lists.device)
     label_sums = torch.empty(most - capacity, rows, dtype=torch.float64, device=lists.device)
-    # Views and outputs are made once: with lists this short a step costs what its calls cost.
-    newest, kept, kept_labels = alive[..., capacity], alive[..., :capacity], alive[2, :, :capacity]
-    ends, begins = alive[:2, :, 2:], alive[:2, :, :-2]
-    gap, density = torch.empty_like(begins), torch.empty_like(begins[0])
+    older = torch.ones(capacity - 1, capacity, dtype=torch.bool, device=lists.device).tril()  # kept in place by a merge
+    # With lists this short a step costs what its calls cost: views are made once, results go into the other buffer.
+    now, after = (
+        _Alive(torch.empty_like(entries[..., : capacity + 1])),
+        _Alive(torch.empty_like(entries[..., : capacity + 1])),
+    )
+    now.slots.copy_(entries[..., :capacity])
+    gap, density = torch.empty_like(now.begins), torch.empty_like(now.begins[0])
     token_gap, score_gap = gap
     steps = zip(entries[..., capacity:].unbind(-1), pairs.unbind(0), label_sums.unbind(0), seen.unbind(0), strict=True)
     for entry, pair, label_sum, position_seen in steps:
-        newest.copy_(entry)
+        now.newest.copy_(entry)
         if rule == "density":
-            torch.sub(ends, begins, out=gap)
+            torch.sub(now.ends, now.begins, out=gap)
             torch.div(score_gap, token_gap, out=density)
             torch.argmin(density, dim=-1, out=pair)
         elif rule == "random":
             pair.copy_(random_pair(position_seen, capacity - 1))
-        kept.copy_(alive.gather(-1, without.index_select(0, pair).expand(3, rows, capacity)))
-        torch.sum(kept_labels, dim=-1, out=label_sum)
+        torch.where(older.index_select(0, pair), now.slots, now.shifted, out=after.slots)
+        torch.sum(after.labels, dim=-1, out=label_sum)
+        now, after = after, now
     # Labels are whole numbers: what a step's sum lacks of the sum before and the label that arrived is the one removed.
     before = torch.cat([label[:, :capacity].sum(-1)[None], label_sums[:-1]])
     leaves = (before + label[:, capacity:].T - label_sums).long().T
