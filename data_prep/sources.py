@@ -94,13 +94,17 @@ def progress_bar(sources: Sequence[TextSource], label: str, shown: bool) -> tqdm
 
 
 @dataclass(frozen=True)
-class TextFile:
-    """A text file (`.gz` or plain): one document, or several cut at `separator`."""
+class _File:
+    """What every file source has: progress counts its bytes on disk."""
 
     path: Path
-    separator: str | None
     errors: str
-    unit: str = "B"
+    """What to do with text that is not UTF-8: `strict` or `replace`."""
+
+    @property
+    def unit(self) -> str:
+        """Bytes."""
+        return "B"
 
     @property
     def name(self) -> str:
@@ -111,6 +115,13 @@ class TextFile:
     def total(self) -> int:
         """Bytes on disk."""
         return self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class TextFile(_File):
+    """A text file (`.gz` or plain): one document, or several cut at `separator`."""
+
+    separator: str | None
 
     def documents(self) -> Iterator[Document]:
         """Read in blocks, so a file may be larger than memory if it is cut at a separator."""
@@ -123,23 +134,10 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class JsonLinesFile:
+class JsonLinesFile(_File):
     """One JSON object per line, the text under `text_field`."""
 
-    path: Path
     text_field: str
-    errors: str
-    unit: str = "B"
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    @property
-    def total(self) -> int:
-        """Bytes on disk."""
-        return self.path.stat().st_size
 
     def documents(self) -> Iterator[Document]:
         """One per line; empty lines are skipped."""
@@ -154,23 +152,10 @@ class JsonLinesFile:
 
 
 @dataclass(frozen=True)
-class ParquetFile:
+class ParquetFile(_File):
     """A Parquet file with a string column `text_field`; null is an empty document."""
 
-    path: Path
     text_field: str
-    errors: str
-    unit: str = "B"
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    @property
-    def total(self) -> int:
-        """Bytes on disk."""
-        return self.path.stat().st_size
 
     def documents(self) -> Iterator[Document]:
         """One per row; progress is the row's share of the file."""
@@ -210,10 +195,10 @@ def _plain_suffix(path: Path) -> str:
 def _file_source(path: Path, text_field: str, separator: str | None, errors: str) -> TextSource:
     suffix = _plain_suffix(path)
     if suffix == ".jsonl":
-        return JsonLinesFile(path, text_field, errors)
+        return JsonLinesFile(path, errors, text_field)
     if suffix == ".parquet":
-        return ParquetFile(path, text_field, errors)
-    return TextFile(path, separator, errors)
+        return ParquetFile(path, errors, text_field)
+    return TextFile(path, errors, separator)
 
 
 def _uncompressed(raw: IO[bytes], path: Path) -> _ByteStream:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels.inputs import check_inputs, compute_dtype, heads_first, to_chunks
-from dla_kernels.launch import default_chunk_size, resolve_backend
+from dla_kernels.launch import resolve_backend
 from dla_kernels.memory.affinity import carried_key_sums, chunk_affinity, slot_counts
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.gates import gate_read_weights
@@ -59,7 +59,7 @@ def dla_attention(
         )
     if closed_slots not in CLOSED_SLOTS:
         raise ValueError(f"closed_slots={closed_slots!r} is not one of {', '.join(CLOSED_SLOTS)}")
-    chunk = chunk_size or default_chunk_size(v.device, k.shape[-1])
+    chunk = chunk_size or plan.chunk
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     frozen, dtype = closed_slots == "frozen", compute_dtype(q, k, v)
     weights = heads_first(read_weights, heads, dtype)
@@ -136,6 +136,4 @@ def slot_affinity(
     rho, kappa = heads_first(rho, heads, dtype), heads_first(kappa, heads, dtype)
     if resolve_backend(backend) == "recurrent":
         return recurrent_affinity(rho, kappa, plan, sums).transpose(1, 2)
-    return chunk_affinity(
-        rho, kappa, plan, sums, chunk_size or default_chunk_size(rho.device, rho.shape[-1])
-    ).transpose(1, 2)
+    return chunk_affinity(rho, kappa, plan, sums, chunk_size or plan.chunk).transpose(1, 2)

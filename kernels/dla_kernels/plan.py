@@ -38,6 +38,8 @@ class MemoryPlan:
     """[B, T] int64: first token of each token's document, as an index into its row (negative: before the row)."""
     capacity: int
     """S: most slots alive at once; the width of read weights."""
+    chunk: int
+    """C it was made for; operations on the plan use the same unless told otherwise, and share its slot indices."""
     carried_start: Tensor
     """[B, H, S] int64: first token of each slot in the carried cache (negative; unused slots 0), oldest first."""
     carried_death: Tensor
@@ -65,19 +67,18 @@ class MemoryPlan:
 
         Tokens are counted from the row's first; with a carried cache, from the first token of the document it was in.
         """
-        starts, live = self._any_slots().starts_by_rank(self)
+        starts, live = self._slots().starts_by_rank(self)
         offset = self.origin
         chronological = torch.where(live, starts + offset[:, :, None, None], NEVER).sort(dim=-1).values
         return torch.where(chronological == NEVER, -1, chronological).transpose(1, 2)
 
     def live_slots(self) -> Tensor:
         """[B, T, H] int64: number of live slots m at each token, after its boundary and merge."""
-        slots = self._any_slots()
+        slots = self._slots()
         live = slots.starts_here.sum(-1) + slots.starts_before.sum(-1)
         return live.flatten(2, 3)[:, :, : slots.tokens].transpose(1, 2)
 
-    def _any_slots(self) -> ChunkSlots:
+    def _slots(self) -> ChunkSlots:
         from dla_kernels.memory.slots import chunk_slots
 
-        made = next(iter(self.slots_by_chunk.values()), None)
-        return made or chunk_slots(self, 64)
+        return chunk_slots(self, self.chunk)

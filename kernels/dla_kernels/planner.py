@@ -124,6 +124,7 @@ def plan_memory(
         death=merges.death.transpose(1, 2),
         document_start=request.document_start,
         capacity=capacity,
+        chunk=request.chunk,
         carried_start=carried[0],
         carried_death=merges.carried_death,
         carried_fill=carried[2],

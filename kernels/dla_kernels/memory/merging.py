@@ -94,7 +94,7 @@ def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | Non
 
 
 class _Alive:
-    """Views of a buffer [3, lists, K + 1]: (position, prefix sum, label) of the boundaries alive and the arriving one."""
+    """Views of a buffer [3, lists, K + 1]: position, prefix sum, label of the boundaries alive and the arriving one."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.slots, self.shifted, self.newest = buffer[..., :-1], buffer[..., 1:], buffer[..., -1]
