@@ -202,6 +202,18 @@ def test_the_bytes_of_a_cache_follow_the_formula_and_never_the_context():
     assert len(sizes) == 1
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_counts_and_scores_of_the_slots_sum_to_those_of_the_document(policy):
+    case = make_case("gated_deltanet")
+    plan = dk.plan_memory(*case.keys, **plan_options(policy), cu_seqlens=PACKED)
+    _, cache = run(case, policy, "transition", weights_for(case, policy), cu_seqlens=PACKED)
+    assert torch.equal(cache.counts.sum(-1), torch.tensor([[38, 38], [30, 30]]))
+    assert torch.equal(cache.position, torch.tensor([38, 30]))
+    for row, begin in enumerate((7, 15)):
+        expected = plan.score[row, begin:].double().sum(0)
+        assert (cache.scores[row].sum(-1) - expected).abs().max() < 1e-9
+
+
 def test_a_reset_cache_is_an_empty_one():
     case = make_case("mamba2")
     _, cache = run(case, "dla", "transition", weights_for(case, "dla"))
