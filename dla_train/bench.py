@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_prep.stdlib_files import prepare_stdlib_files
 from dla_kernels import dla_attention, l2_normalize, plan_memory
 from dla_train.hydra_app import compose
 from dla_train.metrics import read_lines
@@ -153,6 +154,8 @@ def growth_with_length(rounds: int, lengths: tuple[int, ...] = (2048, 4096, 8192
 
 def trainer_overhead(steps: int) -> dict[str, Any]:
     """Share of a step that is not forward, backward or optimizer, over the quickstart's run. Target: under 5%."""
+    quickstart = compose(["experiment=quickstart"])
+    prepare_stdlib_files(quickstart.data, quickstart.model.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         train(
             compose(

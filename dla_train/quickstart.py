@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.sources import text_sources
-from data_prep.stdlib_corpus import write_stdlib_corpus
-from data_prep.train_tokenizer import train_tokenizer
-from data_prep.write_tokens import write_tokens
-from dla_train.checkpoint import complete_steps
-from dla_train.config import Config
+from data_prep.sources import PrepareError
+from data_prep.stdlib_files import prepare_stdlib_files
+from dla_train.checkpoint import CheckpointError, complete_steps
+from dla_train.config import Config, ConfigError
+from dla_train.data.errors import DataError
 from dla_train.data.loader import open_sources
 from dla_train.data.tokenizer import load_tokenizer
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
@@ -36,21 +35,28 @@ PROMPT = "def parse_arguments(self, "
 MAP_CHARACTERS = 1200
 """Length of the held-out text in the merge map."""
 HELD_OUT_BATCHES = 16
-WORKERS = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run every part in turn; returns 0, or the exit status of the part that failed."""
+    """The command line; returns 0, 2 after a mistake that was explained, or the exit status of the training."""
     parser = argparse.ArgumentParser(prog="python -m dla_train.quickstart", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="settings of the training run, e.g. train.steps=60")
-    options = parser.parse_args(arguments)
-    overrides = ["experiment=quickstart", *options.overrides]
+    overrides = ["experiment=quickstart", *parser.parse_args(arguments).overrides]
+    try:
+        return quickstart(overrides)
+    except (ConfigError, DataError, PrepareError, CheckpointError) as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 2
+
+
+def quickstart(overrides: list[str]) -> int:
+    """Run every part in turn; returns 0, or the exit status of the training if that failed."""
     config = compose(overrides)
     folder = Path(config.data.tokenizer).parent
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     with _timed("1/4 corpus, tokenizer and token files", seconds):
-        prepare_corpus(config)
+        prepare_stdlib_files(config.data, config.model.vocab_size)
     with _timed("2/4 training, stopped half way and resumed in a new process", seconds):
         half = config.train.steps // 2
         trained = max(complete_steps(Path(config.run_dir) / "checkpoints"), default=0)
@@ -75,22 +81,6 @@ def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[title] = time.perf_counter() - started
-
-
-def prepare_corpus(config: Config) -> None:
-    """Write the files that `data=quickstart` names, except those that stand already."""
-    model = Path(config.data.tokenizer)
-    corpus, prefix = model.with_suffix(".jsonl"), model.with_suffix("")
-    if not corpus.exists():
-        print(f"corpus: {write_stdlib_corpus(corpus).text_bytes / 1e6:.1f} MB of Python's standard library")
-    sources = text_sources([str(corpus)], text_field="text")
-    if not model.exists():
-        report = train_tokenizer(sources, model, config.model.vocab_size)
-        print(f"tokenizer: {report.vocab_size} ids, {report.bytes_per_token:.2f} bytes per token")
-    if not Path(f"{config.data.train[0]}.bin").exists():
-        report_tokens = write_tokens(sources, prefix, model, validation_fraction=0.02, workers=WORKERS)
-        for split in report_tokens.splits.values():
-            print(f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")
 
 
 def _train(overrides: list[str], stop: int) -> int:

@@ -16,6 +16,7 @@ from dla_train.evaluate.loss_curve import plot_loss_curve
 from dla_train.evaluate.merge_map import main as draw_merge_map
 from dla_train.evaluate.merge_map import merge_map, plot_merge_map, typical_head
 from dla_train.evaluate.unigram import token_counts, unigram_entropy
+from dla_train.quickstart import main as quickstart
 from dla_train.train import train
 from tests.train.runs import run_python
 
@@ -110,6 +111,11 @@ def test_a_loss_curve_needs_a_loss(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="no training loss"):
         plot_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title="t")
+
+
+def test_the_quickstart_explains_a_mistake(capsys):
+    assert quickstart(["train.stepz=4"]) == 2
+    assert "train.steps" in capsys.readouterr().err
 
 
 @pytest.mark.slow

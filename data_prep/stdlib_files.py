@@ -1,0 +1,28 @@
+"""What `data=quickstart` names, made from the running Python's standard library: corpus, tokenizer, token files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.sources import text_sources
+from data_prep.stdlib_corpus import write_stdlib_corpus
+from data_prep.train_tokenizer import train_tokenizer
+from data_prep.write_tokens import write_tokens
+from dla_train.config import DataConfig
+
+WORKERS = 2
+
+
+def prepare_stdlib_files(data: DataConfig, vocab_size: int) -> None:
+    """Write the files that `data` names beside its tokenizer, except those that stand already; prints what it makes."""
+    model = Path(data.tokenizer)
+    corpus, prefix = model.with_suffix(".jsonl"), model.with_suffix("")
+    if not corpus.exists():
+        print(f"corpus: {write_stdlib_corpus(corpus).text_bytes / 1e6:.1f} MB of Python's standard library")
+    sources = text_sources([str(corpus)], text_field="text")
+    if not model.exists():
+        report = train_tokenizer(sources, model, vocab_size)
+        print(f"tokenizer: {report.vocab_size} ids, {report.bytes_per_token:.2f} bytes per token")
+    if not Path(f"{data.train[0]}.bin").exists():
+        for split in write_tokens(sources, prefix, model, validation_fraction=0.02, workers=WORKERS).splits.values():
+            print(f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")
