@@ -8,14 +8,16 @@ from data_prep.sources import text_sources
 from data_prep.stdlib_corpus import write_stdlib_corpus
 from data_prep.train_tokenizer import train_tokenizer
 from data_prep.write_tokens import write_tokens
-from dla_train.config import DataConfig
 
 WORKERS = 2
 
 
-def prepare_stdlib_files(data: DataConfig, vocab_size: int) -> None:
-    """Write the files that `data` names beside its tokenizer, except those that stand already; prints what it makes."""
-    model = Path(data.tokenizer)
+def prepare_stdlib_files(tokenizer: str | Path, vocab_size: int) -> None:
+    """Write a corpus, `tokenizer` (NAME.model) and token files NAME_train and NAME_validation beside it.
+
+    What stands already is kept; what is made is printed.
+    """
+    model = Path(tokenizer)
     corpus, prefix = model.with_suffix(".jsonl"), model.with_suffix("")
     if not corpus.exists():
         print(f"corpus: {write_stdlib_corpus(corpus).text_bytes / 1e6:.1f} MB of Python's standard library")
@@ -23,6 +25,6 @@ def prepare_stdlib_files(data: DataConfig, vocab_size: int) -> None:
     if not model.exists():
         report = train_tokenizer(sources, model, vocab_size)
         print(f"tokenizer: {report.vocab_size} ids, {report.bytes_per_token:.2f} bytes per token")
-    if not Path(f"{data.train[0]}.bin").exists():
+    if not Path(f"{prefix}_train.bin").exists():
         for split in write_tokens(sources, prefix, model, validation_fraction=0.02, workers=WORKERS).splits.values():
             print(f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")

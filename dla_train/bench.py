@@ -155,7 +155,7 @@ def growth_with_length(rounds: int, lengths: tuple[int, ...] = (2048, 4096, 8192
 def trainer_overhead(steps: int) -> dict[str, Any]:
     """Share of a step that is not forward, backward or optimizer, over the quickstart's run. Target: under 5%."""
     quickstart = compose(["experiment=quickstart"])
-    prepare_stdlib_files(quickstart.data, quickstart.model.vocab_size)
+    prepare_stdlib_files(quickstart.data.tokenizer, quickstart.model.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         train(
             compose(

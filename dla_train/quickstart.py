@@ -56,7 +56,7 @@ def quickstart(overrides: list[str]) -> int:
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     with _timed("1/4 corpus, tokenizer and token files", seconds):
-        prepare_stdlib_files(config.data, config.model.vocab_size)
+        prepare_stdlib_files(config.data.tokenizer, config.model.vocab_size)
     with _timed("2/4 training, stopped half way and resumed in a new process", seconds):
         half = config.train.steps // 2
         trained = max(complete_steps(Path(config.run_dir) / "checkpoints"), default=0)

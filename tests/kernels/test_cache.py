@@ -223,19 +223,40 @@ def test_a_reset_cache_is_an_empty_one():
     assert kept.states.abs().sum() > 0
 
 
-def test_the_initial_states_of_a_cache_get_gradients():
-    case = make_case("gated_deltanet")
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("closed", ["transition", "frozen"])
+def test_the_initial_states_of_a_cache_get_gradients(backbone, closed):
+    case = make_case(backbone)
     weights = weights_for(case, "dla")
-    _, cache = run(case.tokens(0, 20), "dla", "transition", weights[:, :20])
+    _, cache = run(case.tokens(0, 20), "dla", closed, weights[:, :20])
     cache.states = cache.states.detach().requires_grad_()
-    plan = dk.plan_memory(*case.tokens(20, 45).keys, **plan_options("dla"), cache=cache)
+    rest = case.tokens(20, 45)
+    plan = dk.plan_memory(*rest.keys, **plan_options("dla"), cache=cache)
     grads = []
-    for backend in ("torch", "recurrent"):
-        o = dk.dla_attention(
-            *case.tokens(20, 45).all, read_weights=weights[:, 20:], plan=plan, cache=cache, backend=backend
+    for options in ({"backend": "recurrent"}, {"chunk_size": 8}):
+        o, after = dk.dla_attention(
+            *rest.all,
+            read_weights=weights[:, 20:],
+            plan=plan,
+            cache=cache,
+            closed_slots=closed,
+            return_cache=True,
+            **options,
         )
-        grads.append(torch.autograd.grad(o.square().sum(), cache.states)[0])
+        loss = o.square().sum() + after.states.sin().sum()
+        grads.append(torch.autograd.grad(loss, cache.states)[0])
     assert_close("d initial states", grads[1], grads[0])
+
+
+def test_backward_keeps_one_set_of_states_a_chunk():
+    """4 slots of 5 x 7, 2 sequences, 2 heads, 45 tokens in chunks of 8: six sets, and no moved or spread copies."""
+    case = make_case("gated_deltanet", value_dim=7).map(lambda x: x.requires_grad_())
+    plan = dk.plan_memory(*case.keys, **plan_options("dla"), chunk_size=8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        dk.dla_attention(*case.all, read_weights=weights_for(case, "dla"), plan=plan)
+    assert saved.count((2, 2, 4, 5, 7)) == 6
+    assert (2, 2, 8, 4 * 5) not in saved
 
 
 def test_a_cache_of_another_shape_is_refused():
