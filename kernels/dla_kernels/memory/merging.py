@@ -9,6 +9,7 @@ pair in every implementation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,13 @@ def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | Non
     return lists
 
 
+def _rows(*tensors: Tensor, block: int = 256) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of several tensors side by side, as views made a block at a time: indexing one by one is slower, and as many
+    views as there are boundaries keep Python's garbage collector busy."""
+    for parts in zip(*(tensor.split(block) for tensor in tensors), strict=True):
+        yield from zip(*(part.unbind(0) for part in parts), strict=True)
+
+
 class _Alive:
     """Views of a buffer [3, lists, K + 1]: position, prefix sum, label of the boundaries alive and the arriving one."""
 
@@ -134,8 +142,8 @@ def _walk(
     now.slots.copy_(entries[..., :capacity])
     gap, density = torch.empty_like(now.begins), torch.empty_like(now.begins[0])
     token_gap, score_gap = gap
-    steps = zip(entries[..., capacity:].unbind(-1), pairs.unbind(0), label_sums.unbind(0), seen.unbind(0), strict=True)
-    for entry, pair, label_sum, position_seen in steps:
+    arriving_entries = entries[..., capacity:].permute(2, 0, 1).contiguous()
+    for entry, pair, label_sum, position_seen in _rows(arriving_entries, pairs, label_sums, seen):
         now.newest.copy_(entry)
         if rule == "density":
             torch.sub(now.ends, now.begins, out=gap)
