@@ -8,14 +8,12 @@ from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any input is float64 (reference checks), float32 otherwise: states and decisions never run
-    narrower."""
+    """float64 where any input is (reference checks), else float32: states and decisions never run narrower."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def check_inputs(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, q: Tensor | None = None) -> None:
-    """Raises ValueError naming the first shape that does not fit q, k [B,T,Hk,K], v [B,T,H,V], log_decay, beta
-    [B,T,H]."""
+    """Raises ValueError naming the first shape that does not fit q, k [B,T,Hk,K], v [B,T,H,V] and gates [B,T,H]."""
     if k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"k has {k.dim()} and v {v.dim()} dimensions; both need 4: [batch, time, heads, dim]")
     batch, tokens, heads, _ = v.shape

@@ -21,8 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """rms_norm(x) * silu(gate): x, gate [..., V] -> [..., V] in x's dtype (norm before gate, Gated DeltaNet's
-    order)."""
+    """rms_norm(x) * silu(gate): x, gate [..., V] -> [..., V] in x's dtype. Gated DeltaNet's order."""
     wide = _accumulation_dtype(x)
     y = rms_norm(x.to(wide), weight, eps) * F.silu(gate.to(wide))
     return y.to(x.dtype)

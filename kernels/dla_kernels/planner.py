@@ -228,8 +228,7 @@ def _carried(
 
 
 def _fenwick_merges(request: _Request, carried: tuple[Tensor, Tensor, Tensor]) -> Merges:
-    """log_linear: the boundary at position a > 0 dies at position a + (lowest set bit of a), where its level carries
-    over."""
+    """log_linear: the boundary at position a > 0 dies at a + (lowest set bit of a), where its level carries over."""
     positions = request.positions
     most = 2 ** (request.capacity - 1)
     longest = int(positions.max()) + 1

@@ -23,8 +23,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChunkOperators:
-    """What a chunk does to tokens and states; all [B, H, N, ...]. A transition is [1, 1] (a decay), [K, K], or None
-    (identity)."""
+    """What a chunk does to tokens and states; all [B, H, N, ...].
+
+    A transition is [1, 1] (a decay), [K, K], or None (the identity).
+    """
 
     mixing: Tensor
     """[C, C]: o_t gets mixing[t, l] v_l for every l <= t."""
@@ -107,8 +109,7 @@ def erased_keys(k: Tensor, cum: Tensor, matrix: Tensor) -> Tensor:
 
 
 def carry_operators(k: Tensor, cum: Tensor, matrix: Tensor | None, sees: Tensor) -> tuple[Tensor, Tensor]:
-    """(key_end [.., C, K], transition [.., 1, 1] or [.., K, K]) of k [.., C, K] and cum = G [.., C]; T None: no
-    erasing."""
+    """(key_end [.., C, K], transition [.., 1, 1] or [.., K, K]) of k [.., C, K], G [.., C]; T None: no erasing."""
     to_end = (cum[..., -1:] - cum).masked_fill(~sees[..., -1, :], float("-inf")).exp()[..., None] * k
     whole = cum[..., -1].exp()[..., None, None]
     if matrix is None:

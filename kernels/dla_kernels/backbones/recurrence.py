@@ -6,8 +6,7 @@ from torch import Tensor
 
 
 def transition(states: Tensor, k: Tensor, log_decay: Tensor, erase: Tensor | None) -> Tensor:
-    """e^g (I - erase k k^T) S for states [..., S, K, V], k [..., K], log_decay and erase [...]: docs/dla.md section
-    1."""
+    """e^g (I - erase k k^T) S for states [..., S, K, V], k [..., K], log_decay, erase [...] (docs/dla.md, 1)."""
     decay = log_decay.exp()[..., None, None, None]
     if erase is None:
         return decay * states

@@ -15,8 +15,7 @@ from dla_kernels.plan import MemoryPlan
 
 
 def chunk_affinity(rho: Tensor, kappa: Tensor, plan: MemoryPlan, key_sums: Tensor | None, chunk: int) -> Tensor:
-    """[B, H, T, S] by recency rank, -inf where no slot; rho, kappa [B, H, T, R], key_sums [B, H, S, R] of a carried
-    cache."""
+    """[B,H,T,S] by recency rank, -inf where no slot; rho, kappa [B,H,T,R], key_sums [B,H,S,R] of a carried cache."""
     slots = chunk_slots(plan, chunk)
     queries, keys = to_chunks(rho, chunk), to_chunks(kappa, chunk)
     sums = carried_key_sums(keys, slots, plan.capacity, key_sums)[:, :, :-1]

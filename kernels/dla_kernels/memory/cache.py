@@ -102,8 +102,7 @@ class MergeCache:
             tensor.fill_(1 if name == "gates" else 0)
 
     def slot_starts(self) -> Tensor:
-        """[B, H, S] int64: first token of each live slot relative to the next token (so -n for the newest); 0
-        unused."""
+        """[B, H, S] int64: first token of each live slot, counted from the next token (newest: -n); 0 unused."""
         return -self.counts.flip(-1).cumsum(-1).flip(-1)
 
     def _tensors(self) -> dict[str, Tensor]:

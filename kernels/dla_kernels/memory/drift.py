@@ -199,8 +199,7 @@ class _Scan:
         return self.k.new_zeros(batch, heads, self.k.shape[-1], self.v.shape[-1])
 
     def reachable_boundaries(self, tau: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
-        """For every opening a: the boundaries its walk passes through [B,H,N,a,t] bool; and scores [B,H,N,t,a]
-        float32."""
+        """For every opening a: the boundaries its walk passes [B,H,N,a,t] bool; and float32 scores [B,H,N,t,a]."""
         score = self._pair_scores()
         size = score.shape[-1]
         later = torch.ones(size, size, dtype=torch.bool, device=score.device).tril(-1)
@@ -254,8 +253,10 @@ class _Scan:
         return torch.stack(firsts, 2), torch.stack(scores, 2), torch.stack(states, 2)
 
     def score_gradients(self, states: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor]:
-        """d score / d k and d score / d v of every token [B,H,N,C,K|V], S_open constant; states [B,H,N,K,V] enter the
-        chunks."""
+        """d score / d k and d score / d v of every token [B,H,N,C,K|V], S_open constant.
+
+        states [B,H,N,K,V] are those the chunks were entered with.
+        """
         segment = boundary.cumsum(-1)
         opened_in = segment - boundary.to(segment.dtype)
         in_open = segment[..., None, :] == opened_in[..., :, None]
@@ -292,8 +293,10 @@ class _Scan:
     def _open_product(
         self, states: Tensor, segment: Tensor, in_open: Tensor, entered: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        """The map x_t [B,H,N,C,V] -> S_open(t) x_t [B,H,N,C,K], as S_open(t) = sum_i e^(G_(t-1)-G_i) k_i u_i^T +
-        carried part."""
+        """The map x_t [B,H,N,C,V] -> S_open(t) x_t [B,H,N,C,K].
+
+        S_open(t) = sum_i e^(G_(t-1)-G_i) k_i u_i^T, plus what is left of the state the chunk was entered with.
+        """
         cum = document_cumsum(self.log_decay, self.sees)
         spread = causal_decay(self.cum_before, cum, self.sees, strict=True) * in_open
         written = self.v

@@ -33,8 +33,7 @@ class Merges:
 
 
 def random_pair(position: Tensor, pairs: int) -> Tensor:
-    """The pair that rule `random` merges at a token: a hash of its position, so that a recomputation or a step
-    agrees."""
+    """The pair that rule `random` merges at a token: a hash of its position, so that a step or a replay agrees."""
     return ((position * 2654435761) % 4294967296 >> 12) % pairs
 
 
@@ -73,8 +72,7 @@ def capacity_merges(
 
 
 def _long_lists(events: Tensor, document: Tensor, capacity: int) -> Tensor | None:
-    """Boundaries of every (sequence, head, document) with more than `capacity` of them: [lists, most] flat indices, -1
-    padded."""
+    """Boundaries of each (sequence, head, document) with over `capacity`: [lists, most] flat indices, -1 padded."""
     flat = events.flatten().nonzero()[:, 0]
     if flat.numel() <= capacity:
         return None
@@ -119,8 +117,7 @@ def _walk(
     death: Tensor,
     merged: Tensor,
 ) -> None:
-    """Append the boundaries of each list in turn, removing one whenever `capacity` are alive; fills death and
-    merged."""
+    """Append each list's boundaries in turn, removing one whenever `capacity` are alive; fills death and merged."""
     pad = lists < 0
     source = lists.clamp_min(0)
     rows, most = lists.shape

@@ -35,8 +35,7 @@ def mix_chunks(
     cache: MergeCache | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, H, T, V] and final states [B, H, S, K, V] in the compute dtype; weights [B, H, T, S] by recency
-    rank."""
+    """Outputs [B,H,T,V] and final states [B,H,S,K,V] in the compute dtype; weights [B,H,T,S] by recency rank."""
     heads, dtype = v.shape[2], compute_dtype(q, k, v)
 
     def chunks(x: Tensor) -> Tensor:

@@ -74,8 +74,7 @@ def recurrent_merges(
     carried_scores: Tensor,
     carried_fill: Tensor,
 ) -> Merges:
-    """Deaths under `capacity` slots, one head after the other: slots are (boundary, score sum, count), as section 2.3
-    says."""
+    """Deaths under `capacity` slots, one head after the other; a slot is (boundary, score sum, count), section 2.3."""
     batch, heads, tokens = boundary.shape
     death = torch.full((batch, heads, tokens), NEVER, dtype=torch.int64)
     carried_death = torch.full((batch, heads, capacity), NEVER, dtype=torch.int64)
@@ -127,8 +126,7 @@ def recurrent_mix(
     scale: float,
     cache: MergeCache | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [B, H, T, V] and final states [B, H, S, K, V] of a plan, token by token; weights [B, H, T, S] by recency
-    rank."""
+    """Outputs [B,H,T,V] and final states [B,H,S,K,V] of a plan, token by token; weights [B,H,T,S] by recency rank."""
     heads, dtype, capacity = v.shape[2], compute_dtype(q, k, v), plan.capacity
     q, k, v, log_decay = (heads_first(x, heads, dtype) for x in (q, k, v, log_decay))
     beta = None if beta is None else heads_first(beta, heads, dtype)
@@ -159,8 +157,7 @@ def recurrent_mix(
 
 
 def _joined_into(before: Tensor, now: Tensor) -> Tensor:
-    """[B, H, S, S] bool: slot i of `before` lies in slot j of `now` (both starts [B, H, S], oldest first, -1
-    unused)."""
+    """[B, H, S, S] bool: slot i of `before` lies in slot j of `now`; both are starts, oldest first, -1 unused."""
     following = torch.cat([now[..., 1:], torch.full_like(now[..., :1], -1)], dim=-1)
     following = torch.where(following < 0, NEVER, following)
     inside = (before[..., :, None] >= now[..., None, :]) & (before[..., :, None] < following[..., None, :])

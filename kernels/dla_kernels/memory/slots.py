@@ -72,8 +72,10 @@ class ChunkSlots:
 
 
 def slot_values(token_values: Tensor, carried_values: Tensor, source: Tensor) -> Tensor:
-    """Value of each slot's boundary: token_values [B,H,T], carried_values [B,H,S], source [B,H,N,S] -> [B,H,N,S];
-    unused 0."""
+    """Value of each slot's boundary: token_values [B,H,T], carried_values [B,H,S], source [B,H,N,S] -> [B,H,N,S].
+
+    Unused slots hold 0.
+    """
     table = torch.cat(
         [carried_values.to(token_values.dtype), token_values, torch.zeros_like(token_values[:, :, :1])], dim=-1
     )
@@ -146,8 +148,7 @@ def _pad_documents(document_start: Tensor, chunk: int) -> Tensor:
 
 
 def _slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, chunk: int) -> Tensor:
-    """[B, H, N+1, S]: indices into [carried slots, tokens, dummy] of the boundaries alive before each chunk and at the
-    end."""
+    """[B, H, N+1, S] into [carried slots, tokens, dummy]: boundaries alive before each chunk and at the end."""
     batch, heads, tokens = boundary.shape
     capacity, device = plan.capacity, boundary.device
     dummy = capacity + tokens
