@@ -57,8 +57,7 @@ def dla_attention(
         raise ValueError(
             f"the plan is for [B, T, H] = {tuple(plan.boundary.shape)}, the inputs are {(batch, tokens, heads)}"
         )
-    if closed_slots not in CLOSED_SLOTS:
-        raise ValueError(f"closed_slots={closed_slots!r} is not one of {', '.join(CLOSED_SLOTS)}")
+    check_closed_slots(closed_slots)
     chunk = chunk_size or plan.chunk
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     frozen, dtype = closed_slots == "frozen", compute_dtype(q, k, v)
@@ -77,6 +76,12 @@ def dla_attention(
         return o
     keys = None if routing_keys is None else heads_first(routing_keys, heads, dtype)
     return o, _final_cache(states, plan, gate, keys, cache, chunk)
+
+
+def check_closed_slots(closed_slots: str) -> None:
+    """Raises ValueError unless `closed_slots` is one of CLOSED_SLOTS."""
+    if closed_slots not in CLOSED_SLOTS:
+        raise ValueError(f"closed_slots={closed_slots!r} is not one of {', '.join(CLOSED_SLOTS)}")
 
 
 def _final_cache(

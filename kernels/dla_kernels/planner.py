@@ -76,7 +76,7 @@ def plan_memory(
     names or a context beyond the policy's reach.
     """
     check_inputs(k, v, log_decay, beta)
-    _check_choices(policy, drift, capacity_rule, capacity, interval)
+    check_choices(policy, drift, capacity_rule, capacity, interval)
     batch, tokens, heads, _ = v.shape
     device = v.device
     request = _Request(
@@ -132,7 +132,8 @@ def plan_memory(
     )
 
 
-def _check_choices(policy: str, drift: str, rule: str, capacity: int, interval: int) -> None:
+def check_choices(policy: str, drift: str, rule: str, capacity: int, interval: int) -> None:
+    """Raises ValueError naming the first option of a memory policy that does not exist."""
     for name, value, choices in (
         ("policy", policy, POLICIES),
         ("drift", drift, DRIFTS),

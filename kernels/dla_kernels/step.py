@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dla_kernels.attention import check_closed_slots
 from dla_kernels.backbones import gates_of
 from dla_kernels.backbones.recurrence import transition, write_of
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.gates import content_read_weights
 from dla_kernels.memory.merging import random_pair
 from dla_kernels.memory.reference import token_score
+from dla_kernels.planner import check_choices
 
 
 @torch.no_grad()
@@ -45,6 +47,9 @@ def dla_step(
     read_weights [B,H,S] is the slot form by recency rank; with rho, kappa [B,Hk or H,R], gain and sharpness [H]
     content reading is added once the token is written. Options as in plan_memory and dla_attention.
     """
+    check_choices(policy, drift, capacity_rule, cache.slots, interval)
+    check_closed_slots(closed_slots)
+    routing = _routing(cache, rho, kappa, gain, sharpness)
     heads = v.shape[1]
     dtype = cache.states.dtype
     q, k = (x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype) for x in (q, k))
@@ -70,22 +75,40 @@ def dla_step(
     cache.position += 1
     weights = read_weights.to(dtype)
     rank = newest[..., None] - torch.arange(cache.slots, device=v.device)
-    if (
-        rho is not None
-        and kappa is not None
-        and gain is not None
-        and sharpness is not None
-        and cache.key_sums is not None
-    ):
-        keys = kappa.repeat_interleave(heads // kappa.shape[1], dim=1).to(dtype)
-        cache.key_sums += is_open[..., None] * keys[:, :, None]
-        query = rho.repeat_interleave(heads // rho.shape[1], dim=1).to(dtype)
-        match = (cache.key_sums @ query[..., None])[..., 0] / cache.counts.clamp_min(1)
-        affinity = _by_rank(match, rank)
-        weights = content_read_weights(weights, affinity, gain=gain, sharpness=sharpness)
+    if routing is not None:
+        weights = _content_weights(weights, cache, is_open, rank, routing)
     read = torch.where(rank >= 0, weights.gather(-1, rank.clamp_min(0)), 0.0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return (scale * torch.einsum("bhs,bhk,bhskv->bhv", read, q, cache.states)).to(v.dtype)
+
+
+_Routing = tuple[Tensor, Tensor, Tensor, Tensor]
+"""rho, kappa [B, Hk or H, R], gain and sharpness [H]."""
+
+
+def _routing(
+    cache: MergeCache, rho: Tensor | None, kappa: Tensor | None, gain: Tensor | None, sharpness: Tensor | None
+) -> _Routing | None:
+    """What content reading needs, None without it; raises ValueError where a part is missing."""
+    if rho is None and kappa is None:
+        return None
+    if rho is None or kappa is None or gain is None or sharpness is None:
+        raise ValueError("content reading needs all of rho, kappa, gain and sharpness; give them all or none")
+    if cache.key_sums is None:
+        raise ValueError("the cache holds no routing keys; make it with MergeCache.empty(..., routing_dim=R)")
+    return rho, kappa, gain, sharpness
+
+
+def _content_weights(weights: Tensor, cache: MergeCache, is_open: Tensor, rank: Tensor, routing: _Routing) -> Tensor:
+    """Add this token's routing key to the open slot (in place), then content reading to the slot form [B, H, S]."""
+    rho, kappa, gain, sharpness = routing
+    assert cache.key_sums is not None
+    heads, dtype = weights.shape[1], weights.dtype
+    keys = kappa.repeat_interleave(heads // kappa.shape[1], dim=1).to(dtype)
+    cache.key_sums += is_open[..., None] * keys[:, :, None]
+    query = rho.repeat_interleave(heads // rho.shape[1], dim=1).to(dtype)
+    match = (cache.key_sums @ query[..., None])[..., 0] / cache.counts.clamp_min(1)
+    return content_read_weights(weights, _by_rank(match, rank), gain=gain, sharpness=sharpness)
 
 
 def _opens(policy: str, score: Tensor, tau: Tensor | float, cache: MergeCache, interval: int) -> Tensor:
@@ -100,9 +123,7 @@ def _opens(policy: str, score: Tensor, tau: Tensor | float, cache: MergeCache, i
                 f"a log_linear cache of {cache.slots} slots holds {2 ** (cache.slots - 1)} tokens; it is full"
             )
         return torch.ones_like(score, dtype=torch.bool)
-    if policy in ("single", "dla", "fixed", "log_linear"):
-        return torch.zeros_like(score, dtype=torch.bool)
-    raise ValueError(f"policy={policy!r} is not one of single, log_linear, fixed, dla")
+    return torch.zeros_like(score, dtype=torch.bool)
 
 
 def _make_room(cache: MergeCache, boundary: Tensor, policy: str, rule: str) -> None:
@@ -144,8 +165,6 @@ def _pair_to_merge(cache: MergeCache, rule: str, policy: str) -> Tensor:
         return torch.zeros_like(cache.fill)
     if rule == "random":
         return random_pair(cache.position, cache.slots - 1)[:, None].expand_as(cache.fill)
-    if rule != "density":
-        raise ValueError(f"capacity_rule={rule!r} is not one of density, oldest, random")
     scores = cache.scores[..., 1:] + cache.scores[..., :-1]
     counts = cache.counts[..., 1:] + cache.counts[..., :-1]
     return (scores / counts).argmin(-1)

@@ -116,6 +116,24 @@ def test_decoding_agrees_under_every_drift_and_capacity_rule(drift, rule):
     assert_close("o", torch.stack(outputs, 1), whole)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"policy": "dlaa"}, "policy='dlaa'"),
+        ({"drift": "tokens"}, "drift='tokens'"),
+        ({"capacity_rule": "newest"}, "capacity_rule='newest'"),
+        ({"closed_slots": "froze"}, "closed_slots='froze'"),
+        ({"rho": torch.zeros(2, 1, 5)}, "all of rho, kappa, gain and sharpness"),
+    ],
+)
+def test_a_wrong_option_of_a_step_is_named_and_changes_nothing(change, message):
+    case = make_case("mamba2", tokens=1).map(lambda x: x[:, 0])
+    cache = empty_cache(case.map(lambda x: x[:, None]), "dla")
+    with pytest.raises(ValueError, match=message):
+        dk.dla_step(*case.all, read_weights=torch.ones(2, 2, 4), tau=0.6, cache=cache, **change)
+    assert cache.position.sum() == 0 and cache.states.abs().sum() == 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_decoding_goes_on_from_a_prefilled_batch_at_different_fill(policy):
     """Two documents of different length side by side: each goes on exactly as it would alone."""
