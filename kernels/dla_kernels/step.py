@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dla_kernels.attention import check_closed_slots
-from dla_kernels.backbones import gates_of
 from dla_kernels.backbones.recurrence import transition, write_of
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.gates import content_read_weights
@@ -54,22 +53,22 @@ def dla_step(
     dtype = cache.states.dtype
     q, k = (x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype) for x in (q, k))
     value, log_decay = v.to(dtype), log_decay.to(dtype)
-    erase, write = (None if g is None else g.to(dtype) for g in gates_of(beta))
+    beta = None if beta is None else beta.to(dtype)
     newest = (cache.fill - 1).clamp_min(0)
     open_state = _at_slot(cache.states, newest)
     score = torch.zeros_like(cache.fill, dtype=torch.float32)
     first = (cache.position == 0)[:, None].expand_as(score)
     if policy == "dla" and cache.slots > 1:
-        score = token_score(k, value, log_decay, write, open_state, drift).float().masked_fill(first, 0.0)
+        score = token_score(k, value, log_decay, beta, open_state, drift).float().masked_fill(first, 0.0)
     boundary = first | _opens(policy, score, tau, cache, interval)
     _make_room(cache, boundary, policy, capacity_rule)
 
     newest = cache.fill - 1
     is_open = torch.arange(cache.slots, device=v.device) == newest[..., None]
-    moved = transition(cache.states, k, log_decay, erase)
+    moved = transition(cache.states, k, log_decay, beta)
     if closed_slots == "frozen":
         moved = torch.where(is_open[..., None, None], moved, cache.states)
-    cache.states.copy_(moved + is_open[..., None, None] * write_of(k, value, write)[:, :, None])
+    cache.states.copy_(moved + is_open[..., None, None] * write_of(k, value, beta)[:, :, None])
     cache.counts += is_open
     cache.scores += is_open * score.double()[..., None]
     cache.position += 1

@@ -82,6 +82,27 @@ def test_unit_weights_give_the_single_state_whatever_the_boundaries(backbone, po
     assert_close("sum of slot states", cache.states.sum(2), whole.states[:, :, 0])
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_chunk_operators_equal_the_token_step_from_any_state(backbone):
+    from dla_kernels.backbones.operators import apply_transition, chunk_operators, visible_tokens
+    from dla_kernels.backbones.recurrence import transition, write_of
+
+    case = make_case(backbone, batch=1, tokens=9, heads=1)
+    q, k, v = (x[:, :, 0] for x in (case.q, case.k, case.v))
+    g, beta = case.log_decay[..., 0], None if case.beta is None else case.beta[..., 0]
+    states = torch.randn(1, 1, 5, 4, dtype=torch.float64)
+    sees = visible_tokens(torch.zeros(1, 9, dtype=torch.int64), 9)
+    ops = chunk_operators(*(None if x is None else x[:, None, None] for x in (q, k, g, beta)), sees)
+    o = ops.mixing @ v[:, None, None] + ops.query_closed @ states[:, :, None]
+    written = ops.key_end.transpose(-1, -2) @ v[:, None, None]
+    end = apply_transition(ops.transition_closed[:, 0], states[:, None])[:, 0] + written[:, 0]
+    for t in range(9):
+        b = None if beta is None else beta[:, t]
+        states = transition(states, k[:, t], g[:, t], b) + write_of(k[:, t], v[:, t], b)[:, None]
+        assert_close("o", o[0, 0, 0, t], q[0, t] @ states[0, 0])
+    assert_close("state", end[0], states[0])
+
+
 def fla_rules():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the package warns that it finds no GPU

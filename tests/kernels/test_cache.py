@@ -185,17 +185,22 @@ def test_packed_documents_equal_documents_alone(backbone, policy, closed):
             assert_same_cache(one, last)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_document_never_sees_another(policy):
-    """Change one document: every output of the others is the same to the last bit."""
-    case = make_case("gated_deltanet")
-    weights = weights_for(case, policy)
-    before, _ = run(case, policy, "transition", weights, cu_seqlens=PACKED)
-    case.k[0, 20], case.v[0, 21] = -case.k[0, 20], 3.0
-    after, _ = run(case, policy, "transition", weights, cu_seqlens=PACKED)
+@pytest.mark.parametrize("closed", ["transition", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_document_never_sees_another(backbone, policy, closed, dtype):
+    """Change a document in every input: all outputs of the others, in its chunk too, are the same to the last bit."""
+    case = make_case(backbone, dtype=dtype)
+    weights = weights_for(case, policy).to(dtype)
+    before, _ = run(case, policy, closed, weights, cu_seqlens=PACKED, chunk_size=64)
+    for x in case.all:
+        if x is not None:
+            x[0, 4:7] *= -0.5 if x.dim() == 4 else 0.37
+    after, _ = run(case, policy, closed, weights, cu_seqlens=PACKED, chunk_size=64)
     same = (before == after).all(-1).all(-1)
-    assert same[0, :20].all() and same[1].all()
-    assert not same[0, 20:].all()
+    assert same[0, :4].all() and same[0, 7:].all() and same[1].all()
+    assert not same[0, 4:7].any()
 
 
 def test_a_packed_row_resets_a_carried_memory():

@@ -82,6 +82,32 @@ def test_merges_of_a_worked_example():
         assert merges.death.flatten().tolist()[1:4] == [3, 5, 4]
 
 
+@pytest.mark.parametrize("rule", ["density", "oldest", "random"])
+def test_merges_of_long_documents_of_different_length_equal_the_token_loop(rule):
+    """Hundreds of merges a list, lists that end at different times, and slots carried in."""
+    from dla_kernels.memory.merging import capacity_merges
+    from dla_kernels.memory.reference import recurrent_merges
+
+    generator = torch.Generator().manual_seed(0)
+    score = 2 * torch.rand(1, 2, 900, generator=generator)
+    index = torch.arange(900)
+    document = torch.where(index < 40, -7, torch.where(index < 560, 40, 560))[None]
+    boundary = (torch.rand(1, 2, 900, generator=generator) < 0.8) | (document == index)[:, None]
+    carried = {
+        "carried_start": torch.tensor([[[-7, -4, -2, -1], [-7, -3, 0, 0]]]),
+        "carried_scores": torch.tensor([[[3.0, 1.0, 0.5, 1.5], [2.0, 4.0, 0.0, 0.0]]]).double(),
+        "carried_fill": torch.tensor([[4, 2]]),
+    }
+    results = [
+        merges_of(boundary, score, document, capacity=4, rule=rule, **carried)
+        for merges_of in (capacity_merges, recurrent_merges)
+    ]
+    assert (results[0].merged[..., 560:] >= 0).sum(-1).min() > 256
+    assert (results[0].carried_death < 900).any()
+    for name in ("death", "carried_death", "merged"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
+
+
 def test_ties_between_pairs_fall_to_the_oldest():
     zeros = torch.zeros(1, 20, 1, 3)
     plan = dk.plan_memory(zeros, zeros, torch.zeros(1, 20, 1), tau=0.6, capacity=3)

@@ -73,14 +73,28 @@ def soft_layer(case, weights, tau, temperature, gate="soft", **options):
     return plan, gates, dk.dla_attention(*case.all, read_weights=weights, plan=plan, gates=gates, **options)
 
 
-def test_a_cold_gate_is_the_hard_rule_and_a_gate_of_0_reads_one_slot():
+def test_a_gate_is_the_sigmoid_of_the_scores_distance_to_tau():
+    case = make_case("gated_deltanet")
+    tau = torch.tensor([0.8, 1.1])
+    plan, gates, _ = soft_layer(case, torch.ones(2, 45, 2, 4, dtype=torch.float64), tau, 0.3)
+    inner = plan.boundary & (plan.positions > 0)[..., None]
+    assert_close("gates", gates[inner], torch.sigmoid((plan.score - tau) / 0.3)[inner])
+    assert (gates[~inner] == 1).all()
+
+
+def test_a_cold_gate_is_the_hard_rule():
+    """The plan's threshold is 0.9, so no boundary lies within 0.05 of a gate's threshold of 0.85."""
     case = make_case("gated_deltanet")
     weights = torch.rand(2, 45, 2, 4, dtype=torch.float64)
-    plan, gates, cold = soft_layer(case, weights, 0.9, 1e-6)
-    assert ((gates == 1) | (gates > 0.5)).all()
-    hard = dk.dla_attention(*case.all, read_weights=weights, plan=plan)
-    sure = (gates > 1 - 1e-9).all(), "scores at tau itself would stay soft"
-    assert_close("o", cold, hard) if sure[0] else None
+    plan, gates, cold = soft_layer(case, weights, 0.85, 1e-3)
+    assert (gates == 1).all()
+    assert_close("o", cold, dk.dla_attention(*case.all, read_weights=weights, plan=plan))
+
+
+def test_a_gate_of_0_reads_one_slot():
+    case = make_case("gated_deltanet")
+    weights = torch.rand(2, 45, 2, 4, dtype=torch.float64)
+    plan = dk.plan_memory(*case.keys, tau=0.9, capacity=4)
     off = torch.where(plan.boundary & (plan.positions > 0)[..., None], 0.0, 1.0)
     merged = dk.dla_attention(*case.all, read_weights=weights, plan=plan, gates=off)
     newest = weights[..., :1].expand_as(weights)

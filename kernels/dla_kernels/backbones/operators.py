@@ -1,16 +1,16 @@
 """Chunk operators of a backbone (docs/dla.md section 5): everything mixing needs to know of it.
 
-With T = (I + strictlower(erase_i k_i.k_j e^(G_i-G_j)))^-1 diag(write), Wy = T diag(e^G) K and A = lower((q.k)
+With T = (I + strictlower(beta_i k_i.k_j e^(G_i-G_j)))^-1 diag(beta), Wy = T diag(e^G) K and A = lower((q.k)
 e^(G_i-G_j)):
 
     mixing [C,C] = A T      query [C,K] = e^G q - A Wy      key_end [C,K] = T^T (e^(G_C-G) k)
     transition [K,K] = e^(G_C) I - (e^(G_C-G) k)^T Wy
 
-Without erasing T and Wy vanish. Decays are formed as exp(G_i - G_j), never as quotients, which would overflow. With
-closed slots frozen, a token's decay stops where its segment ends, T is masked to pairs of one segment (the inverse of
-a trailing block of a unit lower triangular matrix is the trailing block of the inverse, so one T serves every
-segment), closed slots are read with q itself and only the slot that entered the chunk open is transitioned, up to its
-own end.
+Without beta T is the identity and Wy vanishes. Decays are formed as exp(G_i - G_j), never as quotients, which would
+overflow. With closed slots frozen, a token's decay stops where its segment ends, T is masked to pairs of one segment
+(the inverse of a trailing block of a unit lower triangular matrix is the trailing block of the inverse, so one T serves
+every segment), closed slots are read with q itself and only the slot that entered the chunk open is transitioned, up to
+its own end.
 """
 
 from __future__ import annotations
@@ -63,17 +63,14 @@ def document_cumsum(log_decay: Tensor, sees: Tensor) -> Tensor:
     return torch.where(sees, log_decay[..., None, :], 0.0).sum(-1)
 
 
-def write_matrix(
-    k: Tensor, cum_log_decay: Tensor, erase: Tensor | None, write: Tensor | None, sees: Tensor
-) -> Tensor | None:
-    """T [.., C, C] of k [.., C, K], cum_log_decay G, erase and write [.., C], sees [.., C, C]; None: the identity."""
-    if erase is None:
-        return None if write is None else torch.diag_embed(write)
+def write_matrix(k: Tensor, cum_log_decay: Tensor, beta: Tensor | None, sees: Tensor) -> Tensor | None:
+    """T [.., C, C] of k [.., C, K], cum_log_decay G and beta [.., C], sees [.., C, C]; None stands for the identity."""
+    if beta is None:
+        return None
     decay = causal_decay(cum_log_decay, cum_log_decay, sees, strict=True)
-    system = erase[..., :, None] * (k @ k.transpose(-1, -2)) * decay
-    strength = torch.diag_embed(erase if write is None else write)
+    system = beta[..., :, None] * (k @ k.transpose(-1, -2)) * decay
     # Not a Neumann product of powers: for repeated keys those grow like binomials and cancel to nothing in float32.
-    return torch.linalg.solve_triangular(system, strength, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)
 
 
 def causal_decay(reader: Tensor, writer: Tensor, sees: Tensor, *, strict: bool = False) -> Tensor:
@@ -86,18 +83,17 @@ def chunk_operators(
     q: Tensor,
     k: Tensor,
     log_decay: Tensor,
-    erase: Tensor | None,
-    write: Tensor | None,
+    beta: Tensor | None,
     sees: Tensor,
     *,
     frozen_after: Tensor | None = None,
 ) -> ChunkOperators:
-    """Operators of q, k [B,H,N,C,K], log_decay, erase, write [B,H,N,C] and sees [B,1,N,C,C] of `visible_tokens`.
+    """Operators of q, k [B,H,N,C,K], log_decay, beta [B,H,N,C] and sees [B,1,N,C,C] of `visible_tokens`.
 
     frozen_after: boundaries [B,H,N,C] bool when closed slots are frozen, None when they keep their transitions.
     """
     cum = document_cumsum(log_decay, sees)
-    matrix = write_matrix(k, cum, erase, write, sees)
+    matrix = write_matrix(k, cum, beta, sees)
     if frozen_after is None:
         return _with_transitions(q, k, cum, matrix, sees)
     return _frozen(q, k, cum, matrix, frozen_after, sees)

@@ -45,7 +45,7 @@ def carried_key_sums(keys: Tensor, slots: ChunkSlots, capacity: int, key_sums: T
 def slot_counts(plan: MemoryPlan, slots: ChunkSlots) -> Tensor:
     """Tokens in each slot at every chunk start and at the end: [B, H, N+1, S] int64, 0 where unused."""
     batch, heads, rows, capacity = slots.source.shape
-    tokens, chunks = slots.tokens, rows - 1
+    tokens = slots.tokens
     index = torch.arange(tokens, device=slots.source.device).expand(batch, heads, tokens)
     size = slots.rank_token.shape[-1]
     now = (torch.arange(rows, device=index.device) * size).clamp(max=tokens)
@@ -53,7 +53,6 @@ def slot_counts(plan: MemoryPlan, slots: ChunkSlots) -> Tensor:
     used = torch.arange(capacity, device=index.device) < slots.fill[..., None]
     start = torch.where(used, start, now[:, None])
     following = torch.cat([start[..., 1:], now[:, None].expand(batch, heads, rows, 1)], dim=-1)
-    assert chunks * size >= tokens
     return following - start
 
 

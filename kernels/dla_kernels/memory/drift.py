@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dla_kernels.backbones import gates_of
 from dla_kernels.backbones.operators import (
     apply_transition,
     carry_operators,
@@ -171,16 +170,15 @@ class _Scan:
 
     def __init__(self, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, drift: str, sees: Tensor) -> None:
         self.k, self.v, self.drift, self.sees = k, v, drift, sees
-        erase, write = gates_of(beta)
         ones = torch.ones_like(log_decay)
         self.log_decay = log_decay
-        self.erase = torch.zeros_like(ones) if erase is None else erase
-        self.write = ones if write is None else write
+        self.erase = torch.zeros_like(ones) if beta is None else beta
+        self.write = ones if beta is None else beta
         self.value_norm = v.square().sum(-1)
         self.token = _Token.of(k.square().sum(-1), self.value_norm, log_decay, self.erase, self.write)
         cum = document_cumsum(log_decay, sees)
         self.cum_before = cum - log_decay
-        self.matrix = write_matrix(k, cum, erase, write, sees)
+        self.matrix = write_matrix(k, cum, beta, sees)
         self.key_end, self.whole = carry_operators(k, cum, self.matrix, sees)
         before = causal_decay(self.cum_before, cum, sees, strict=True)
         recall = (k @ k.transpose(-1, -2)) * before

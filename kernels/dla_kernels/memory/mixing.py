@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dla_kernels.backbones import gates_of
 from dla_kernels.backbones.operators import chunk_operators
 from dla_kernels.inputs import compute_dtype, heads_first, to_chunks
 from dla_kernels.memory.cache import MergeCache
@@ -41,15 +40,13 @@ def mix_chunks(
     def chunks(x: Tensor) -> Tensor:
         return to_chunks(heads_first(x, heads, dtype), chunk)
 
-    erase, write = (None if gate is None else chunks(gate) for gate in gates_of(beta))
     boundary = to_chunks(plan.boundary.transpose(1, 2), chunk)
     values, slots = chunks(v), chunk_slots(plan, chunk)
     operators = chunk_operators(
         chunks(q) * scale,
         chunks(k),
         chunks(log_decay),
-        erase,
-        write,
+        None if beta is None else chunks(beta),
         slots.reads_token,
         frozen_after=boundary if frozen else None,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dla_kernels.backbones import gates_of
 from dla_kernels.backbones.recurrence import transition, write_of
 from dla_kernels.inputs import compute_dtype, heads_first
 from dla_kernels.memory.cache import MergeCache
@@ -20,9 +19,9 @@ from dla_kernels.plan import NEVER, MemoryPlan
 
 def token_score(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, open_state: Tensor, drift: str) -> Tensor:
     """I_t [...] of one token against S_open [..., K, V], k [..., K], v [..., V]: docs/dla.md section 2.1."""
-    candidate = write = write_of(k, v, gates_of(beta)[1])
+    candidate = write = write_of(k, v, beta)
     if drift == "update":
-        candidate = transition(open_state[..., None, :, :], k, log_decay, gates_of(beta)[0])[..., 0, :, :] + write
+        candidate = transition(open_state[..., None, :, :], k, log_decay, beta)[..., 0, :, :] + write
     size = candidate.square().sum((-1, -2)) * open_state.square().sum((-1, -2))
     positive = size > 0
     inner = (candidate * open_state).sum((-1, -2))
@@ -56,8 +55,8 @@ def recurrent_drift(
         score = token_score(k[:, :, t], v[:, :, t], log_decay[:, :, t], gate, state.detach(), drift)
         score = torch.where(head, 0.0, score.float())
         boundary = (score >= tau) | head
-        moved = transition(state[..., None, :, :], k[:, :, t], log_decay[:, :, t], gates_of(gate)[0])[..., 0, :, :]
-        state = torch.where(boundary[..., None, None], 0.0, moved) + write_of(k[:, :, t], v[:, :, t], gates_of(gate)[1])
+        moved = transition(state[..., None, :, :], k[:, :, t], log_decay[:, :, t], gate)[..., 0, :, :]
+        state = torch.where(boundary[..., None, None], 0.0, moved) + write_of(k[:, :, t], v[:, :, t], gate)
         scores.append(score)
         boundaries.append(boundary)
     return Drift(torch.stack(scores, -1), torch.stack(boundaries, -1), None)
@@ -147,9 +146,9 @@ def recurrent_mix(
         newest = (now >= 0).sum(-1, keepdim=True) - 1
         is_open = (slot == newest)[..., None, None]
         gate = None if beta is None else beta[:, :, t]
-        moved = transition(states, k[:, :, t], log_decay[:, :, t], gates_of(gate)[0])
+        moved = transition(states, k[:, :, t], log_decay[:, :, t], gate)
         states = torch.where(is_open, moved, states) if frozen else moved
-        states = states + is_open * write_of(k[:, :, t], v[:, :, t], gates_of(gate)[1])[:, :, None]
+        states = states + is_open * write_of(k[:, :, t], v[:, :, t], gate)[:, :, None]
         read = torch.where(slot <= newest, weights[:, :, t].gather(-1, (newest - slot).clamp_min(0)), 0.0)
         outputs.append(scale * torch.einsum("bhs,bhk,bhskv->bhv", read, q[:, :, t], states))
         starts = now
