@@ -24,3 +24,18 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype
     error = (actual.double() - expected.double()).abs().max().item() / scale if expected.numel() else 0.0
     limit = RELATIVE[dtype or actual.dtype]
     assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"
+
+RMS_FLOAT32 = 1e-5
+"""Kernels against float64, as RMS error over RMS of the expected: sums in another order."""
+RMS_HALF = {"o": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dlog_decay": 2e-2, "dbeta": 2e-2, "dread_weights": 2e-2}
+"""The same for bfloat16 and float16 inputs: operands of matrix products are rounded to 16 bits, gates sum many."""
+
+
+def assert_rms_close(name: str, actual: Tensor, expected: Tensor, limit: float) -> None:
+    """Fails with the name and the error where RMS(actual - expected) exceeds `limit` times RMS(expected)."""
+    assert actual.shape == expected.shape, f"{name}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    assert bool(torch.isfinite(actual).all()), f"{name}: not finite"
+    wide, target = actual.double(), expected.double()
+    error = (wide - target).square().mean().sqrt() / target.square().mean().sqrt().clamp_min(1e-30)
+    absolute = (wide - target).abs().max()
+    assert error <= limit or absolute <= 1e-6, f"{name}: relative RMS error {error:.3g} exceeds {limit:.3g}"

@@ -65,7 +65,7 @@ def dla_attention(
     gate = None if gates is None else gates.transpose(1, 2).to(dtype)
     if gate is not None:
         weights = gate_read_weights(weights, gate, plan, None if cache is None else cache.gates, chunk)
-    if resolve_backend(backend) == "recurrent":
+    if resolve_backend(backend, q, k, v) == "recurrent":
         o, states = recurrent_mix(q, k, v, log_decay, beta, weights, plan, frozen=frozen, scale=scale, cache=cache)
     else:
         o, states = mix_chunks(
@@ -139,6 +139,6 @@ def slot_affinity(
         raise ValueError("the cache holds no routing keys; make it with MergeCache.empty(..., routing_dim=R)")
     sums = None if cache is None else cache.key_sums
     rho, kappa = heads_first(rho, heads, dtype), heads_first(kappa, heads, dtype)
-    if resolve_backend(backend) == "recurrent":
+    if resolve_backend(backend, rho, kappa) == "recurrent":
         return recurrent_affinity(rho, kappa, plan, sums).transpose(1, 2)
     return chunk_affinity(rho, kappa, plan, sums, chunk_size or plan.chunk).transpose(1, 2)

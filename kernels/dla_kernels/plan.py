@@ -16,6 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dla_kernels.memory.slots import ChunkSlots
+    from dla_kernels.memory.table import SlotTable
 
 NEVER = torch.iinfo(torch.int64).max
 """Death of a boundary that no merge of this call removes."""
@@ -51,6 +52,8 @@ class MemoryPlan:
 
     slots_by_chunk: dict[int, ChunkSlots] = field(default_factory=dict, repr=False, compare=False)
     """Slot indices already derived from this plan, by chunk size: affinity, gates and mixing share them."""
+    table_by_chunk: dict[int, SlotTable] = field(default_factory=dict, repr=False, compare=False)
+    """The same for the Triton kernels."""
 
     @property
     def positions(self) -> Tensor:

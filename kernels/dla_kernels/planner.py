@@ -91,7 +91,7 @@ def plan_memory(
         interval=interval,
         cache=cache,
         chunk=chunk_size or default_chunk_size(device, k.shape[-1]),
-        backend=resolve_backend(backend),
+        backend=resolve_backend(backend, v, k),
         score_gradients=score_gradients,
         document_start=document_starts(
             cu_seqlens, batch, tokens, position=None if cache is None else cache.position, device=device

@@ -93,7 +93,7 @@ def _derive(plan: MemoryPlan, chunk: int) -> ChunkSlots:
     boundary = plan.boundary.transpose(1, 2)
     death = plan.death.transpose(1, 2)
     batch, heads, tokens = boundary.shape
-    source = _slots_at_chunk_starts(plan, boundary, death, chunk)
+    source = slots_at_chunk_starts(plan, boundary, death, chunk)
     capacity = plan.capacity
     used = source < capacity + tokens
     fill = used.sum(-1)
@@ -147,7 +147,7 @@ def _pad_documents(document_start: Tensor, chunk: int) -> Tensor:
     return padded.unflatten(1, (-1, chunk))[:, None]
 
 
-def _slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, chunk: int) -> Tensor:
+def slots_at_chunk_starts(plan: MemoryPlan, boundary: Tensor, death: Tensor, chunk: int) -> Tensor:
     """[B, H, N+1, S] into [carried slots, tokens, dummy]: boundaries alive before each chunk and at the end."""
     batch, heads, tokens = boundary.shape
     capacity, device = plan.capacity, boundary.device
