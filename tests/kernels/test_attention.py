@@ -95,7 +95,7 @@ def test_chunk_operators_equal_the_token_step_from_any_state(backbone):
     ops = chunk_operators(*(None if x is None else x[:, None, None] for x in (q, k, g, beta)), sees)
     o = ops.mixing @ v[:, None, None] + ops.query_closed @ states[:, :, None]
     written = ops.key_end.transpose(-1, -2) @ v[:, None, None]
-    end = apply_transition(ops.transition_closed[:, 0], states[:, None])[:, 0] + written[:, 0]
+    end = apply_transition(ops.transition_closed.dense()[:, 0], states[:, None])[:, 0] + written[:, 0]
     for t in range(9):
         b = None if beta is None else beta[:, t]
         states = transition(states, k[:, t], g[:, t], b) + write_of(k[:, t], v[:, t], b)[:, None]

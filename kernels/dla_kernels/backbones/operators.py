@@ -4,7 +4,7 @@ With T = (I + strictlower(beta_i k_i.k_j e^(G_i-G_j)))^-1 diag(beta), Wy = T dia
 e^(G_i-G_j)):
 
     mixing [C,C] = A T      query [C,K] = e^G q - A Wy      key_end [C,K] = T^T (e^(G_C-G) k)
-    transition [K,K] = e^(G_C) I - (e^(G_C-G) k)^T Wy
+    transition = e^(G_C) I - (e^(G_C-G) k)^T Wy, kept as its factors: of rank C, often less than K
 
 Without beta T is the identity and Wy vanishes. Decays are formed as exp(G_i - G_j), never as quotients, which would
 overflow. With closed slots frozen, a token's decay stops where its segment ends, T is masked to pairs of one segment
@@ -22,11 +22,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ChunkOperators:
-    """What a chunk does to tokens and states; all [B, H, N, ...].
+class Transition:
+    """What a chunk does to a state [K, V] it began with: decay S - restore^T (erase S)."""
 
-    A transition is [1, 1] (a decay), [K, K], or None (the identity).
-    """
+    decay: Tensor
+    """[B, H, N]: what is left of a state where nothing is erased."""
+    erase: Tensor | None
+    """[B, H, N, C, K]: Wy, what each token reads of the state to erase it; None where the backbone erases nothing."""
+    restore: Tensor | None
+    """[B, H, N, C, K]: e^(G_C-G) k, where what was read is taken away; None with `erase`."""
+
+    def dense(self) -> Tensor:
+        """As one matrix for `apply_transition`: [B, H, N, K, K], or [B, H, N, 1, 1] where nothing is erased."""
+        decay = self.decay[..., None, None]
+        if self.erase is None or self.restore is None:
+            return decay
+        identity = torch.eye(self.erase.shape[-1], dtype=self.erase.dtype, device=self.erase.device)
+        return decay * identity - self.restore.transpose(-1, -2) @ self.erase
+
+
+@dataclass(frozen=True)
+class ChunkOperators:
+    """What a chunk does to tokens and states; all [B, H, N, ...]."""
 
     mixing: Tensor
     """[C, C]: o_t gets mixing[t, l] v_l for every l <= t."""
@@ -36,9 +53,9 @@ class ChunkOperators:
     """[C, K]: reads the slot that was open when the chunk began."""
     key_end: Tensor
     """[C, K]: key_end_l v_l^T is what token l leaves in its slot at the chunk's end."""
-    transition_closed: Tensor | None
-    """What the chunk does to a closed slot."""
-    transition_open: Tensor
+    transition_closed: Transition | None
+    """What the chunk does to a closed slot; None where it leaves it as it is."""
+    transition_open: Transition
     """What the chunk does to the slot that was open when it began."""
 
 
@@ -106,20 +123,24 @@ def erased_keys(k: Tensor, cum: Tensor, matrix: Tensor) -> Tensor:
 
 def carry_operators(k: Tensor, cum: Tensor, matrix: Tensor | None, sees: Tensor) -> tuple[Tensor, Tensor]:
     """(key_end [.., C, K], transition [.., 1, 1] or [.., K, K]) of k [.., C, K], G [.., C]; T None: no erasing."""
+    key_end, whole = _carry(k, cum, matrix, sees)
+    return key_end, whole.dense()
+
+
+def _carry(k: Tensor, cum: Tensor, matrix: Tensor | None, sees: Tensor) -> tuple[Tensor, Transition]:
     to_end = (cum[..., -1:] - cum).masked_fill(~sees[..., -1, :], float("-inf")).exp()[..., None] * k
-    whole = cum[..., -1].exp()[..., None, None]
+    decay = cum[..., -1].exp()
     if matrix is None:
-        return to_end, whole
-    whole = whole * _identity(k) - to_end.transpose(-1, -2) @ erased_keys(k, cum, matrix)
-    return matrix.transpose(-1, -2) @ to_end, whole
+        return to_end, Transition(decay, None, None)
+    return matrix.transpose(-1, -2) @ to_end, Transition(decay, erased_keys(k, cum, matrix), to_end)
 
 
 def _with_transitions(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, sees: Tensor) -> ChunkOperators:
     attention = (q @ k.transpose(-1, -2)) * causal_decay(cum, cum, sees)
     query = cum.exp()[..., None] * q
-    key_end, whole = carry_operators(k, cum, matrix, sees)
-    if matrix is not None:
-        query = query - attention @ erased_keys(k, cum, matrix)
+    key_end, whole = _carry(k, cum, matrix, sees)
+    if matrix is not None and whole.erase is not None:
+        query = query - attention @ whole.erase
         attention = attention @ matrix
     return ChunkOperators(attention, query, query, key_end, whole, whole)
 
@@ -136,22 +157,18 @@ def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: 
     attention = (q @ k.transpose(-1, -2)) * (reader - cum[..., None, :]).masked_fill(~sees, float("-inf")).exp()
     to_end = (at_end - cum).exp()[..., None] * k
     query_open = torch.maximum(cum, open_end).exp()[..., None] * q
-    whole_open = open_end.exp()[..., None]
+    decay = open_end[..., 0].exp()
     if matrix is None:
-        return ChunkOperators(attention, q, query_open, to_end, None, whole_open)
+        return ChunkOperators(attention, q, query_open, to_end, None, Transition(decay, None, None))
     matrix = matrix * same
     erased = erased_keys(k, cum, matrix) * entered_open[..., None]
+    whole = Transition(decay, erased, to_end * entered_open[..., None])
     query_open = query_open - attention @ erased
-    whole_open = whole_open * _identity(k) - (to_end * entered_open[..., None]).transpose(-1, -2) @ erased
-    return ChunkOperators(attention @ matrix, q, query_open, matrix.transpose(-1, -2) @ to_end, None, whole_open)
+    return ChunkOperators(attention @ matrix, q, query_open, matrix.transpose(-1, -2) @ to_end, None, whole)
 
 
 def apply_transition(matrix: Tensor | None, states: Tensor) -> Tensor:
-    """A transition of ChunkOperators ([..., 1, 1], [..., K, K] or None) on states [..., S, K, V]."""
+    """A dense transition ([..., 1, 1], [..., K, K], or None: the identity) on states [..., S, K, V]."""
     if matrix is None:
         return states
     return matrix[..., None, :, :] * states if matrix.shape[-1] == 1 else matrix[..., None, :, :] @ states
-
-
-def _identity(k: Tensor) -> Tensor:
-    return torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)

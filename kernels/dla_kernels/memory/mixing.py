@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dla_kernels.backbones.operators import chunk_operators
+from dla_kernels.backbones.operators import ChunkOperators, chunk_operators
 from dla_kernels.inputs import compute_dtype, heads_first, to_chunks
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.scan import scan_states
@@ -41,22 +41,36 @@ def mix_chunks(
         return to_chunks(heads_first(x, heads, dtype), chunk)
 
     boundary = to_chunks(plan.boundary.transpose(1, 2), chunk)
-    values, slots = chunks(v), chunk_slots(plan, chunk)
     operators = chunk_operators(
         chunks(q) * scale,
         chunks(k),
         chunks(log_decay),
         None if beta is None else chunks(beta),
-        slots.reads_token,
+        chunk_slots(plan, chunk).reads_token,
         frozen_after=boundary if frozen else None,
     )
+    initial = _initial_states(cache, v, k.shape[-1], plan.capacity, dtype)
+    return mix_operators(initial, operators, chunks(v), weights, plan, chunk=chunk, frozen=frozen)
+
+
+def mix_operators(
+    initial: Tensor,
+    operators: ChunkOperators,
+    values: Tensor,
+    weights: Tensor,
+    plan: MemoryPlan,
+    *,
+    chunk: int,
+    frozen: bool,
+) -> tuple[Tensor, Tensor]:
+    """`mix_chunks` from the operators on: initial [B,H,S,K,V], values [B,H,N,C,V], weights [B,H,T,S]."""
+    slots = chunk_slots(plan, chunk)
     by_rank = to_chunks(weights, chunk)
     weight_token = by_rank.gather(-1, slots.rank_token) * slots.reads_token
     weight_slot = by_rank.gather(-1, slots.rank_slot) * slots.reads_slot
     within = (operators.mixing * weight_token) @ values
-    states = _initial_states(cache, v, k.shape[-1], plan.capacity, dtype)
-    reads, states = scan_states(states, operators, slots, weight_slot, values, frozen=frozen)
-    return (within + reads).flatten(2, 3)[:, :, : v.shape[1]], states
+    reads, states = scan_states(initial, operators, slots, weight_slot, values, frozen=frozen)
+    return (within + reads).flatten(2, 3)[:, :, : slots.tokens], states
 
 
 def _initial_states(cache: MergeCache | None, v: Tensor, key_dim: int, capacity: int, dtype: torch.dtype) -> Tensor:

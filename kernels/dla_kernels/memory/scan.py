@@ -34,7 +34,7 @@ def scan_states(
         newest=(slots.fill[:, :, :-1] - 1).clamp_min(0).unbind(2) if frozen else None,
     )
     open_query = operators.query_open - operators.query_closed if frozen else None
-    open_transition = operators.transition_open if frozen else None
+    open_transition = operators.transition_open.dense() if frozen else None
     reads, states = _Scan.apply(
         routes,
         initial,
@@ -42,7 +42,7 @@ def scan_states(
         operators.key_end,
         values,
         weights,
-        operators.transition_closed,
+        None if operators.transition_closed is None else operators.transition_closed.dense(),
         open_query,
         open_transition,
     )

@@ -1,0 +1,199 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Cumulative log-decays of chunks in Triton, and what other kernels of a backbone make of them (docs/dla.md section 5).
+
+Every entry of the chunk operators is e^(G_r - G_w) times something that no decay enters, G being the cumulative
+log-decay, w the writing token and r the token at which the entry is read: the reading token itself, or the end of w's
+segment where closed slots are frozen and that comes first. So the gradient of log_decay needs, of any operator X, only
+dX * X summed by r and by w, whatever the backbone; `decays_backward` takes these sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dla_kernels.launch import cdiv, launch, tuning
+
+
+@dataclass(frozen=True)
+class ChunkDecays:
+    """Log-decays of chunks as [B, H, N, C] float32; padding continues the last token."""
+
+    cum: Tensor
+    """G: since the chunk's or the token's document's start."""
+    end: Tensor
+    """G where the token's write ends to decay: the chunk's end (-inf for earlier documents), or, where closed slots are
+    frozen, its segment's."""
+    segment: Tensor | None
+    """int32: boundaries in the chunk up to the token, itself included; None unless closed slots are frozen."""
+    decay: Tensor
+    """[B, H, N]: e^G of the chunk's end, or, frozen, of the end of the segment that entered open (1 if none did)."""
+
+
+@triton.jit
+def visible(p_start, i_n, T, C: tl.constexpr):
+    """[C, C] bool: token i of chunk i_n sees token j: no later one, and none of an earlier document."""
+    o_c = tl.arange(0, C)
+    b_start = (tl.load(p_start + tl.minimum(i_n * C + o_c, T - 1)) - i_n * C).to(tl.int32)
+    return (o_c[:, None] >= o_c[None, :]) & (o_c[None, :] >= b_start[:, None])
+
+
+@triton.jit
+def decay_table(p_cum, p_end, p_segment, m_sees, C: tl.constexpr):
+    """e^(G_r - G_j) [C, C] of the chunk at the pointers, r where i reads j's write; 0 where i does not see j."""
+    o_c = tl.arange(0, C)
+    b_cum = tl.load(p_cum + o_c)
+    b_log = b_cum[:, None] - b_cum[None, :]
+    if p_segment is not None:
+        b_closed = tl.load(p_end + o_c) - b_cum
+        b_log = tl.where(same_segment(p_segment, C), b_log, b_closed[None, :])
+    return tl.where(m_sees, tl.exp(tl.where(m_sees, b_log, 0.0)), 0.0)
+
+
+@triton.jit
+def same_segment(p_segment, C: tl.constexpr):
+    """[C, C] bool: tokens i and j of the chunk at the pointer belong to one segment."""
+    b_segment = tl.load(p_segment + tl.arange(0, C))
+    return b_segment[:, None] == b_segment[None, :]
+
+
+@triton.jit
+def entered_open(p_segment, C: tl.constexpr):
+    """[C] float32: 1 for tokens of the segment that entered the chunk open, else 0; all 1 without segments."""
+    if p_segment is None:
+        return tl.full([C], 1.0, tl.float32)
+    return tl.where(tl.load(p_segment + tl.arange(0, C)) == 0, 1.0, 0.0)
+
+
+@triton.jit
+def read_decay(p_cum, p_segment, p_decay, C: tl.constexpr):
+    """[C] float32: what a state the chunk began with, open if there are segments, has decayed to when token i reads."""
+    b_decay = tl.exp(tl.load(p_cum + tl.arange(0, C)))
+    if p_segment is not None:
+        b_decay = tl.maximum(b_decay, tl.load(p_decay))
+    return b_decay
+
+
+@triton.jit
+def end_decay(p_cum, p_end, C: tl.constexpr):
+    """[C] float32: e^(G_end - G) of each token."""
+    o_c = tl.arange(0, C)
+    return tl.exp(tl.load(p_end + o_c) - tl.load(p_cum + o_c))
+
+
+@triton.jit(do_not_specialize=["T", "H", "N"])
+def chunk_decays_kernel(
+    p_log_decay, p_start, p_boundary, p_cum, p_end, p_segment, p_decay, T, H, N,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The four tensors of ChunkDecays, one chunk and head a program."""
+    i_p = tl.program_id(0).to(tl.int64)
+    i_h = i_p % H
+    i_n = (i_p // H) % N
+    i_b = i_p // H // N
+    i_o = (i_b * H + i_h) * N + i_n
+    o_c = tl.arange(0, C)
+    o_t = i_n * C + o_c
+    o_g = (i_b * T + o_t) * H + i_h
+    b_g = tl.load(p_log_decay + o_g, mask=o_t < T, other=0.0).to(tl.float32)
+    m_sees = visible(p_start + i_b * T, i_n, T, C)
+    b_cum = tl.sum(tl.where(m_sees, b_g[None, :], 0.0), 1)
+    if p_boundary is None:
+        b_log = tl.sum(tl.where(o_c == C - 1, b_cum, 0.0), 0)
+        b_last_start = tl.load(p_start + i_b * T + tl.minimum(i_n * C + C - 1, T - 1))
+        b_end = tl.where(o_t >= b_last_start, b_log, float("-inf"))
+    else:
+        b_opens = tl.load(p_boundary + o_g, mask=o_t < T, other=0).to(tl.int32)
+        b_segment = tl.sum(tl.where(o_c[:, None] >= o_c[None, :], b_opens[None, :], 0), 1)
+        m_last = _is_segment_end(p_boundary, o_g, o_t, T, H, C)
+        m_end = (b_segment[:, None] == b_segment[None, :]) & m_last[None, :]
+        b_end = tl.sum(tl.where(m_end, b_cum[None, :], 0.0), 1)
+        b_log = tl.sum(tl.where(m_last & (b_segment == 0), b_cum, 0.0), 0)
+        tl.store(p_segment + i_o * C + o_c, b_segment)
+    tl.store(p_cum + i_o * C + o_c, b_cum)
+    tl.store(p_end + i_o * C + o_c, b_end)
+    tl.store(p_decay + i_o, tl.exp(b_log))
+
+
+@triton.jit
+def _is_segment_end(p_boundary, o_g, o_t, T, H, C: tl.constexpr):
+    """[C] bool: the next token opens a segment or another chunk."""
+    o_c = tl.arange(0, C)
+    b_next = tl.load(p_boundary + o_g + H, mask=(o_c < C - 1) & (o_t + 1 < T), other=0).to(tl.int32)
+    return (o_c == C - 1) | (b_next > 0)
+
+
+@triton.jit(do_not_specialize=["T", "H", "N"])
+def decays_backward_kernel(
+    p_start, p_boundary, p_segment, p_decay, p_d_cum, p_d_end, p_d_read, p_d_decay, p_d_log_decay, T, H, N,
+    C: tl.constexpr,
+):  # fmt: skip
+    """d log_decay [B, T, H] from the adjoints of cum, end, log of `read_decay` (all [B, H, N, C]) and decay."""
+    i_p = tl.program_id(0).to(tl.int64)
+    i_h = i_p % H
+    i_n = (i_p // H) % N
+    i_b = i_p // H // N
+    i_o = (i_b * H + i_h) * N + i_n
+    o_c = tl.arange(0, C)
+    o_t = i_n * C + o_c
+    o_g = (i_b * T + o_t) * H + i_h
+    b_cum = tl.load(p_d_cum + i_o * C + o_c)
+    b_end = tl.load(p_d_end + i_o * C + o_c)
+    b_read = tl.load(p_d_read + i_o * C + o_c)
+    b_whole = 0.0
+    if p_d_decay is not None:
+        b_whole = tl.load(p_d_decay + i_o) * tl.load(p_decay + i_o)
+    if p_segment is None:
+        b_cum += b_read + tl.where(o_c == C - 1, tl.sum(b_end, 0) + b_whole, 0.0)
+    else:
+        b_segment = tl.load(p_segment + i_o * C + o_c)
+        m_open = b_segment == 0
+        m_last = _is_segment_end(p_boundary, o_g, o_t, T, H, C)
+        b_whole += tl.sum(tl.where(m_open, 0.0, b_read), 0)
+        b_ends = tl.sum(tl.where(b_segment[:, None] == b_segment[None, :], b_end[None, :], 0.0), 1)
+        b_cum += tl.where(m_open, b_read, 0.0) + tl.where(m_last, b_ends + tl.where(m_open, b_whole, 0.0), 0.0)
+    m_sees = visible(p_start + i_b * T, i_n, T, C)
+    b_d = tl.sum(tl.where(m_sees, b_cum[:, None], 0.0), 0)
+    tl.store(p_d_log_decay + o_g, b_d.to(p_d_log_decay.dtype.element_ty), mask=o_t < T)
+
+
+def chunk_decays(log_decay: Tensor, document_start: Tensor, chunk: int, *, boundary: Tensor | None) -> ChunkDecays:
+    """Of log_decay [B,T,H] and document_start [B,T] int32; boundary [B,T,H] bool where closed slots are frozen."""
+    batch, tokens, heads = log_decay.shape
+    chunks = cdiv(tokens, chunk)
+    cum = log_decay.new_empty(batch, heads, chunks, chunk, dtype=torch.float32)
+    end, decay = torch.empty_like(cum), cum.new_empty(batch, heads, chunks)
+    segment = None if boundary is None else torch.empty_like(cum, dtype=torch.int32)
+    launch(
+        chunk_decays_kernel, (batch * chunks * heads,),
+        log_decay, document_start, boundary, cum, end, segment, decay, tokens, heads, chunks,
+        C=chunk, **tuning("chunk_decays", log_decay.device),
+    )  # fmt: skip
+    return ChunkDecays(cum, end, segment, decay)
+
+
+def decays_backward(
+    decays: ChunkDecays,
+    log_decay: Tensor,
+    document_start: Tensor,
+    boundary: Tensor | None,
+    d_cum: Tensor,
+    d_end: Tensor,
+    d_read: Tensor,
+    d_decay: Tensor | None,
+) -> Tensor:
+    """d log_decay, shaped and typed like log_decay [B,T,H], from the adjoints of cum, end and log of `read_decay`
+    [B,H,N,C] and of decay [B,H,N] float32."""
+    batch, heads, chunks, chunk = decays.cum.shape
+    out = torch.empty_like(log_decay)
+    launch(
+        decays_backward_kernel, (batch * chunks * heads,),
+        document_start, boundary, decays.segment, decays.decay, d_cum, d_end, d_read, d_decay, out,
+        log_decay.shape[1], heads, chunks,
+        C=chunk, **tuning("decays_backward", log_decay.device),
+    )  # fmt: skip
+    return out
