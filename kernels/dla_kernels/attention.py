@@ -7,12 +7,14 @@ from torch import Tensor
 
 from dla_kernels.inputs import check_inputs, compute_dtype, heads_first, to_chunks
 from dla_kernels.launch import resolve_backend
-from dla_kernels.memory.affinity import carried_key_sums, chunk_affinity, slot_counts
+from dla_kernels.memory.affinity import carried_key_sums, chunk_affinity
 from dla_kernels.memory.cache import MergeCache
+from dla_kernels.memory.carry import final_cache
 from dla_kernels.memory.gates import gate_read_weights
 from dla_kernels.memory.mixing import mix_chunks
 from dla_kernels.memory.reference import recurrent_affinity, recurrent_mix
-from dla_kernels.memory.slots import ChunkSlots, chunk_slots, slot_values
+from dla_kernels.memory.slots import chunk_slots
+from dla_kernels.memory.table import slot_table
 from dla_kernels.plan import MemoryPlan
 
 CLOSED_SLOTS = ("transition", "frozen")
@@ -74,50 +76,18 @@ def dla_attention(
     o = o.transpose(1, 2).to(v.dtype)
     if not return_cache:
         return o
-    keys = None if routing_keys is None else heads_first(routing_keys, heads, dtype)
-    return o, _final_cache(states, plan, gate, keys, cache, chunk)
+    sums = None
+    if routing_keys is not None:
+        before = None if cache is None else cache.key_sums
+        keys = to_chunks(heads_first(routing_keys, heads, dtype), chunk)
+        sums = carried_key_sums(keys, chunk_slots(plan, chunk), plan.capacity, before)[:, :, -1]
+    return o, final_cache(states, plan, slot_table(plan, chunk), gates, sums, cache)
 
 
 def check_closed_slots(closed_slots: str) -> None:
     """Raises ValueError unless `closed_slots` is one of CLOSED_SLOTS."""
     if closed_slots not in CLOSED_SLOTS:
         raise ValueError(f"closed_slots={closed_slots!r} is not one of {', '.join(CLOSED_SLOTS)}")
-
-
-def _final_cache(
-    states: Tensor,
-    plan: MemoryPlan,
-    gates: Tensor | None,
-    routing_keys: Tensor | None,
-    cache: MergeCache | None,
-    chunk: int,
-) -> MergeCache:
-    slots = chunk_slots(plan, chunk)
-    source, ones = slots.source[:, :, -1:], torch.ones_like(states[..., 0, 0])
-    used = torch.arange(plan.capacity, device=states.device) < slots.fill[:, :, -1:]
-    token_gates = torch.ones_like(plan.score.transpose(1, 2)).to(states.dtype) if gates is None else gates
-    carried_gates = ones if cache is None else cache.gates.to(states.dtype)
-    key_sums = None
-    if routing_keys is not None:
-        before = None if cache is None else cache.key_sums
-        key_sums = carried_key_sums(to_chunks(routing_keys, chunk), slots, plan.capacity, before)[:, :, -1]
-    return MergeCache(
-        states=states,
-        counts=slot_counts(plan, slots)[:, :, -1],
-        scores=_final_scores(plan, slots, cache),
-        gates=torch.where(used, slot_values(token_gates, carried_gates, source)[:, :, 0], ones),
-        fill=slots.fill[:, :, -1],
-        position=plan.positions[:, -1] + 1,
-        key_sums=key_sums,
-        conv=None,
-    )
-
-
-def _final_scores(plan: MemoryPlan, slots: ChunkSlots, cache: MergeCache | None) -> Tensor:
-    """Score sums of the final slots [B, H, S] float64, by the carry that states take."""
-    score = to_chunks(plan.score.transpose(1, 2).double()[..., None], slots.rank_token.shape[-1])
-    before = None if cache is None else cache.scores[..., None]
-    return carried_key_sums(score, slots, plan.capacity, before)[:, :, -1, :, 0]
 
 
 def slot_affinity(

@@ -77,9 +77,22 @@ class MemoryPlan:
 
     def live_slots(self) -> Tensor:
         """[B, T, H] int64: number of live slots m at each token, after its boundary and merge."""
-        slots = self._slots()
-        live = slots.starts_here.sum(-1) + slots.starts_before.sum(-1)
-        return live.flatten(2, 3)[:, :, : slots.tokens].transpose(1, 2)
+        opened = self.boundary.transpose(1, 2)
+        batch, heads, tokens = opened.shape
+        index = torch.arange(tokens, device=opened.device).expand(batch, heads, tokens)
+        begin = torch.cat([self.carried_start, index], dim=-1)
+        used = torch.arange(self.capacity, device=opened.device) < self.carried_fill[..., None]
+        lives = torch.cat([used, opened], dim=-1)
+        ends = torch.cat([self.carried_death, self.death.transpose(1, 2)], dim=-1).clamp(max=tokens)
+        # A boundary whose document ends first does not die: its document's count ends.
+        start = torch.nn.functional.pad(self.document_start, (0, 1))[:, None].expand(batch, heads, tokens + 1)
+        dies = lives & (ends < tokens) & (start.gather(-1, ends) <= begin)
+        died = ends.new_zeros(batch, heads, tokens + 1).scatter_add(-1, torch.where(dies, ends, tokens), dies.long())
+        count = (opened.long() - died[..., :tokens]).cumsum(-1)
+        start = start[..., :tokens]
+        before = torch.where(start > 0, count.gather(-1, (start - 1).clamp_min(0)), 0)
+        before = torch.where(start < 0, -self.carried_fill[..., None], before)
+        return (count - before).transpose(1, 2)
 
     def _slots(self) -> ChunkSlots:
         from dla_kernels.memory.slots import chunk_slots

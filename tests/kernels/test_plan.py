@@ -221,3 +221,16 @@ def test_a_wrong_shape_is_named():
         dk.plan_memory(case.k[:, :, :2], case.v, case.log_decay, tau=0.6, capacity=4)
     with pytest.raises(ValueError, match="log_decay has shape"):
         dk.plan_memory(case.k, case.v, case.log_decay[:, :, :1], tau=0.6, capacity=4)
+
+
+@pytest.mark.parametrize("policy", ["single", "log_linear", "fixed", "dla"])
+def test_live_slots_are_counted_across_a_carried_cache_and_packed_documents(policy):
+    case = make_case("mamba2")
+    first, rest = case.tokens(0, 20), case.tokens(20, 45)
+    options = plan_options(policy)
+    ones = torch.ones(2, 20, 2, options["capacity"], dtype=torch.float64)
+    plan = dk.plan_memory(*first.keys, **options)
+    _, cache = dk.dla_attention(*first.all, read_weights=ones, plan=plan, return_cache=True)
+    for cu_seqlens in (None, torch.tensor([0, 11, 25, 26, 50])):
+        after = dk.plan_memory(*rest.keys, **options, cache=cache, cu_seqlens=cu_seqlens)
+        assert torch.equal((after.slot_starts() >= 0).sum(-1), after.live_slots())
