@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dla_kernels.inputs import check_inputs, compute_dtype, heads_first, to_chunks

@@ -2,8 +2,8 @@
 
 y_t = silu(sum_j weight[:, W-1-j] x_{t-j}), j < W, in float32 whatever the input type. A program owns a tile of tokens
 by channels and loads it once for each tap: neighbouring taps share all rows but one, which L1 serves. Backward
-recomputes the sum before SiLU (another W loads for each of the W tokens a gradient comes from) instead of keeping it:
-memory then holds x alone. The weight's gradient is summed by tile, and over tiles in torch, always in one order.
+recomputes the sum before SiLU instead of keeping it, so that memory holds x alone, and takes the gradients of later
+tokens from its own tile, shifted. The weight's gradient is summed by tile, over tiles in torch, always in one order.
 """
 
 from __future__ import annotations
@@ -54,21 +54,6 @@ def _convolve(
     return b_y
 
 
-@triton.jit
-def _before_silu(
-    p_x, p_weight, p_positions, p_history, p_dy, o_t, o_c, i_b, T, near_start,
-    C: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr, ACTIVATION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the sum over taps [BT, BC] at tokens o_t; 0 where a token does not exist."""
-    m = ((o_t >= 0) & (o_t < T))[:, None] & (o_c < C)[None, :]
-    b_dy = tl.load(p_dy + ((i_b * T + o_t) * C)[:, None] + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    if ACTIVATION:
-        b_y = _convolve(p_x, p_weight, p_positions, p_history, o_t, o_c, i_b, T, near_start, C, W, ROW, BT, BC)
-        b_share = tl.sigmoid(b_y)
-        b_dy *= b_share * (1.0 + b_y * (1.0 - b_share))
-    return b_dy
-
-
 @triton.jit(do_not_specialize=["T"])
 def short_conv_kernel(
     p_x, p_weight, p_positions, p_history, p_y, T,
@@ -97,44 +82,49 @@ def short_conv_backward_kernel(
 ):  # fmt: skip
     """dx [B, T, C], dhistory [B, W-1, C] and one tile's part of dweight [B * N, W, C]. Grid: B * N * channel tiles.
 
-    The history lies before the row, as its first W-1 inputs: tiles of time then begin there, so N covers W-1 more.
+    A tile needs the gradients before SiLU of the W-1 tokens after it too, so a program computes BT of them and writes
+    BT - W + 1 rows. The history is the row's first W-1 inputs: its tiles begin there.
     """
     i_p = tl.program_id(0).to(tl.int64)
     i_c = i_p % tl.cdiv(C, BC)
     i_bt = i_p // tl.cdiv(C, BC)
     i_t = i_bt % N
     i_b = i_bt // N
-    begin = i_t * BT
+    begin = i_t * (BT - W + 1)
     if p_history is not None:
         begin -= W - 1
-    o_s = begin + tl.arange(0, BT)
+    o_r = tl.arange(0, BT)
+    o_t = begin + o_r
     o_c = i_c * BC + tl.arange(0, BC)
+    m_t = (o_t >= 0) & (o_t < T)
     m_c = o_c < C
+    m = m_t[:, None] & m_c[None, :]
     near_start = begin < W - 1
 
-    b_d = _before_silu(
-        p_x, p_weight, p_positions, p_history, p_dy, o_s, o_c, i_b, T, near_start, C, W, ROW, ACTIVATION, BT, BC
-    )  # fmt: skip
-    m_s = (o_s >= 0) & (o_s < T)
-    for back in tl.static_range(W):
-        m = _reaches(p_positions, o_s, m_s, back, i_b, T)[:, None] & m_c[None, :]
-        b_x = _tap(p_x, p_history, o_s, o_c, m, back, i_b, T, near_start, C, W, ROW)
-        tl.store(p_dweight + (i_bt * W + W - 1 - back) * C + o_c, tl.sum(b_d * b_x, 0), mask=m_c)
+    b_d = tl.load(p_dy + ((i_b * T + o_t) * C)[:, None] + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    if ACTIVATION:
+        b_y = _convolve(p_x, p_weight, p_positions, p_history, o_t, o_c, i_b, T, near_start, C, W, ROW, BT, BC)
+        b_share = tl.sigmoid(b_y)
+        b_d *= b_share * (1.0 + b_y * (1.0 - b_share))
 
-    b_dx = b_d * tl.load(p_weight + o_c * W + W - 1, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    for ahead in range(1, W):
-        o_t = o_s + ahead
-        b_w = tl.load(p_weight + o_c * W + W - 1 - ahead, mask=m_c, other=0.0).to(tl.float32)
-        b_d = _before_silu(
-            p_x, p_weight, p_positions, p_history, p_dy, o_t, o_c, i_b, T, near_start, C, W, ROW, ACTIVATION, BT, BC
-        )  # fmt: skip
-        m_t = _reaches(p_positions, o_t, (o_t >= 0) & (o_t < T), ahead, i_b, T)
-        b_dx += tl.where(m_t[:, None], b_w[None, :] * b_d, 0.0)
-    p_row = p_dx + ((i_b * T + o_s) * C)[:, None] + o_c[None, :]
-    tl.store(p_row, b_dx, mask=m_s[:, None] & m_c[None, :])
+    m_own = o_r < BT - W + 1
+    b_dx = tl.zeros([BT, BC], tl.float32)
+    for back in tl.static_range(W):
+        m_b = _reaches(p_positions, o_t, m_t, back, i_b, T)
+        b_to = tl.where(m_b[:, None], b_d, 0.0)
+        m_x = (m_b & m_own)[:, None] & m_c[None, :]
+        b_x = _tap(p_x, p_history, o_t, o_c, m_x, back, i_b, T, near_start, C, W, ROW)
+        tl.store(p_dweight + (i_bt * W + W - 1 - back) * C + o_c, tl.sum(b_to * b_x, 0), mask=m_c)
+        b_w = tl.load(p_weight + o_c * W + W - 1 - back, mask=m_c, other=0.0).to(tl.float32)
+        if back > 0:
+            o_ahead = tl.minimum(o_r + back, BT - 1)
+            b_to = tl.gather(b_to, tl.broadcast_to(o_ahead[:, None], [BT, BC]), 0)
+        b_dx += b_w[None, :] * b_to
+    m = m_own[:, None] & m_c[None, :]
+    tl.store(p_dx + ((i_b * T + o_t) * C)[:, None] + o_c[None, :], b_dx, mask=m & m_t[:, None])
     if p_history is not None:
-        p_h = p_dhistory + ((i_b * (W - 1) + W - 1 + o_s) * C)[:, None] + o_c[None, :]
-        tl.store(p_h, b_dx, mask=(o_s < 0)[:, None] & m_c[None, :])
+        p_h = p_dhistory + ((i_b * (W - 1) + W - 1 + o_t) * C)[:, None] + o_c[None, :]
+        tl.store(p_h, b_dx, mask=m & (o_t < 0)[:, None])
 
 
 def forward(x: Tensor, weight: Tensor, positions: Tensor | None, history: Tensor | None, activation: bool) -> Tensor:
@@ -170,7 +160,7 @@ def backward(
     width = weight.shape[1]
     x = _dense_channels(x)
     settings = launch.tuning("short_conv_backward", x.device)
-    blocks = launch.cdiv(tokens + (width - 1 if history is not None else 0), settings["BT"])
+    blocks = launch.cdiv(tokens + (width - 1 if history is not None else 0), settings["BT"] - width + 1)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = torch.empty(batch * blocks, width, channels, dtype=torch.float32, device=x.device)
     dhistory = None if history is None else history.new_empty(batch, width - 1, channels)

@@ -40,7 +40,7 @@ def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
 def _check_triton(tensors: tuple[Tensor, ...]) -> None:
     for tensor in tensors:
         if tensor.dtype == torch.float64:
-            raise BackendError("backend='triton' does not run in float64; use backend='torch' or 'recurrent' for checks")
+            raise BackendError("backend='triton' does not run in float64; use backend='torch' or 'recurrent' there")
         if tensor.device.type != "cuda" and not interpreting() and _recording is None:
             raise BackendError(
                 f"backend='triton' needs CUDA tensors, these are on {tensor.device}; use backend='torch', or set "

@@ -50,6 +50,11 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         90: {"BT": 16, "BK": 32, "BV": 64, "num_warps": 8, "num_stages": 2},
     },
     # reads: affinity and gates
+    "token_deaths": {
+        80: {"BX": 1024, "num_warps": 4, "num_stages": 1},
+        90: {"BX": 1024, "num_warps": 4, "num_stages": 1},
+    },
+    "slot_table": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     "slot_weights_by_slot": {
         80: {"BT": 32, "num_warps": 4, "num_stages": 1},
         90: {"BT": 32, "num_warps": 4, "num_stages": 1},
@@ -65,12 +70,12 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
     },
     "step_update": {80: {"BV": 16, "num_warps": 4, "num_stages": 1}, 90: {"BV": 16, "num_warps": 4, "num_stages": 1}},
     "short_conv": {
-        80: {"BT": 64, "BC": 64, "num_warps": 4, "num_stages": 1},
-        90: {"BT": 64, "BC": 64, "num_warps": 4, "num_stages": 1},
+        80: {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 1},
+        90: {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 1},
     },
     "short_conv_backward": {
-        80: {"BT": 64, "BC": 64, "num_warps": 4, "num_stages": 1},
-        90: {"BT": 64, "BC": 64, "num_warps": 4, "num_stages": 1},
+        80: {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 1},
+        90: {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 1},
     },
     "rms_norm": {
         80: {"BLOCK": 4096, "num_warps": 8, "num_stages": 1},

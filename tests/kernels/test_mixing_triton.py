@@ -182,6 +182,7 @@ def test_float16_operands_stay_within_their_bounds(backbone, frozen):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_nothing_unwritten_is_read(monkeypatch, backbone, frozen):
     """Every buffer starts as NaN."""
+
     def poisoned(real):
         def make(*args, **options):
             out = real(*args, **options)

@@ -1,5 +1,7 @@
 """Read weights in Triton against the PyTorch path in float64, given the same plan: values and gradients by name."""
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_cases import PACKED, make_case, plan_options
@@ -7,9 +9,10 @@ from tolerances import RMS_FLOAT32, assert_rms_close
 
 import dla_kernels as dk
 from dla_kernels.inputs import to_chunks
-from dla_kernels.memory import gates_triton
+from dla_kernels.memory import gates_triton, table_triton
 from dla_kernels.memory.slots import chunk_slots
 from dla_kernels.memory.table import slot_table
+from dla_kernels.plan import NEVER
 
 PLANS = ("log_linear", "fixed", "dla", "dla packed", "dla carried", "dla carried packed", "log_linear carried")
 
@@ -60,6 +63,39 @@ def nan_outputs(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_table_equals_the_one_derived_in_pytorch(name):
+    plan, _ = make_plan(name)
+    for chunk in (16, 20, 64):
+        expected, table = slot_table(plan, chunk), table_triton.slot_table_triton(plan, chunk)
+        for field in ("start", "death", "fill", "token_death", "document_start"):
+            assert torch.equal(getattr(table, field), getattr(expected, field)), field
+        assert table.chunk == chunk
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17])
+def test_the_table_of_a_short_row_equals_the_one_derived_in_pytorch(tokens):
+    plan, _ = make_plan("dla", tokens=tokens, batch=1)
+    expected, table = slot_table(plan, 16), table_triton.slot_table_triton(plan, 16)
+    for field in ("start", "death", "fill", "token_death"):
+        assert torch.equal(getattr(table, field), getattr(expected, field)), field
+
+
+def test_a_plan_with_too_many_slots_writes_no_further_than_its_rows():
+    plan, _ = make_plan("dla", batch=1)
+    crowded = dataclasses.replace(
+        plan, death=torch.where(plan.boundary, NEVER, plan.death), table_by_chunk={}, slots_by_chunk={}
+    )
+    with pytest.raises(ValueError, match="more than its capacity"):
+        slot_table(crowded, 16)
+    table = table_triton.slot_table_triton(crowded, 16)
+    boundaries = plan.boundary[0].T.nonzero()
+    for head in range(2):
+        first = boundaries[boundaries[:, 0] == head][:4, 1]
+        assert torch.equal(table.start[0, head, -1], first.int())
+        assert table.fill[0, head, -1] == 4
 
 
 def weights_of_old_slots(weights, plan, chunk):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.launch import cdiv, launch, tuning
+from dla_kernels.launch import cdiv, launch, power_of_2, tuning
 
 
 @dataclass(frozen=True)
@@ -43,45 +43,55 @@ def visible(p_start, i_n, T, C: tl.constexpr):
 
 
 @triton.jit
-def decay_table(p_cum, p_end, p_segment, m_sees, C: tl.constexpr):
-    """e^(G_r - G_j) [C, C] of the chunk at the pointers, r where i reads j's write; 0 where i does not see j."""
-    o_c = tl.arange(0, C)
+def decay_table(p_cum, p_end, p_segment, i_c, m_sees, C: tl.constexpr):
+    """e^(G_r - G_j) [C, C] of chunk i_c, r where i reads j's write; 0 where i does not see j (m_sees)."""
+    o_c = i_c * C + tl.arange(0, C)
     b_cum = tl.load(p_cum + o_c)
     b_log = b_cum[:, None] - b_cum[None, :]
     if p_segment is not None:
         b_closed = tl.load(p_end + o_c) - b_cum
-        b_log = tl.where(same_segment(p_segment, C), b_log, b_closed[None, :])
+        b_log = tl.where(same_segment(p_segment, i_c, C), b_log, b_closed[None, :])
     return tl.where(m_sees, tl.exp(tl.where(m_sees, b_log, 0.0)), 0.0)
 
 
 @triton.jit
-def same_segment(p_segment, C: tl.constexpr):
-    """[C, C] bool: tokens i and j of the chunk at the pointer belong to one segment."""
-    b_segment = tl.load(p_segment + tl.arange(0, C))
-    return b_segment[:, None] == b_segment[None, :]
+def same_segment(p_segment, i_c, C: tl.constexpr):
+    """[C, C] bool: tokens i and j of chunk i_c belong to one segment; without segments all do."""
+    if p_segment is None:
+        return tl.full([C, C], True, tl.int1)
+    else:
+        b_segment = tl.load(p_segment + i_c * C + tl.arange(0, C))
+        return b_segment[:, None] == b_segment[None, :]
 
 
 @triton.jit
-def entered_open(p_segment, C: tl.constexpr):
-    """[C] float32: 1 for tokens of the segment that entered the chunk open, else 0; all 1 without segments."""
+def entered_open(p_segment, i_c, C: tl.constexpr):
+    """[C] float32: 1 for tokens of the segment that entered chunk i_c open, else 0; without segments all 1."""
     if p_segment is None:
         return tl.full([C], 1.0, tl.float32)
-    return tl.where(tl.load(p_segment + tl.arange(0, C)) == 0, 1.0, 0.0)
+    else:
+        return tl.where(tl.load(p_segment + i_c * C + tl.arange(0, C)) == 0, 1.0, 0.0)
 
 
 @triton.jit
-def read_decay(p_cum, p_segment, p_decay, C: tl.constexpr):
-    """[C] float32: what a state the chunk began with, open if there are segments, has decayed to when token i reads."""
-    b_decay = tl.exp(tl.load(p_cum + tl.arange(0, C)))
+def start_decay(p_cum, i_c, C: tl.constexpr):
+    """[C] float32: e^G of chunk i_c."""
+    return tl.exp(tl.load(p_cum + i_c * C + tl.arange(0, C)))
+
+
+@triton.jit
+def read_decay(p_cum, p_segment, p_decay, i_c, C: tl.constexpr):
+    """[C] float32: what the state that entered chunk i_c (open, if there are segments) has decayed to at each token."""
+    b_decay = start_decay(p_cum, i_c, C)
     if p_segment is not None:
-        b_decay = tl.maximum(b_decay, tl.load(p_decay))
+        b_decay = tl.maximum(b_decay, tl.load(p_decay + i_c))
     return b_decay
 
 
 @triton.jit
-def end_decay(p_cum, p_end, C: tl.constexpr):
-    """[C] float32: e^(G_end - G) of each token."""
-    o_c = tl.arange(0, C)
+def end_decay(p_cum, p_end, i_c, C: tl.constexpr):
+    """[C] float32: e^(G_end - G) of chunk i_c."""
+    o_c = i_c * C + tl.arange(0, C)
     return tl.exp(tl.load(p_end + o_c) - tl.load(p_cum + o_c))
 
 
@@ -159,6 +169,15 @@ def decays_backward_kernel(
     m_sees = visible(p_start + i_b * T, i_n, T, C)
     b_d = tl.sum(tl.where(m_sees, b_cum[:, None], 0.0), 0)
     tl.store(p_d_log_decay + o_g, b_d.to(p_d_log_decay.dtype.element_ty), mask=o_t < T)
+
+
+def settings_of(kernel: str, device: torch.device, chunk: int, key_dim: int) -> dict[str, int]:
+    """Pinned settings of a kernel for this chunk size and K: no wider tile than K, twice the warps for C = 128."""
+    settings = tuning(kernel, device)
+    return settings | {
+        "BK": min(power_of_2(key_dim, 16), settings["BK"]),
+        "num_warps": settings["num_warps"] * max(1, chunk // 64),
+    }
 
 
 def chunk_decays(log_decay: Tensor, document_start: Tensor, chunk: int, *, boundary: Tensor | None) -> ChunkDecays:

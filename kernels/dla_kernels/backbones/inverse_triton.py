@@ -16,8 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dla_kernels.backbones.decays_triton import ChunkDecays, chunk_decays, decay_table, same_segment, visible
-from dla_kernels.launch import cdiv, dot_precision, launch, power_of_2, tuning
+from dla_kernels.backbones.decays_triton import (
+    ChunkDecays,
+    chunk_decays,
+    decay_table,
+    same_segment,
+    settings_of,
+    visible,
+)
+from dla_kernels.launch import dot_precision, launch
 
 CHUNKS = (16, 32, 64, 128)
 """Chunk sizes the kernels of this package are built for."""
@@ -88,9 +95,8 @@ def write_matrix_kernel(
     b_beta = tl.load(p_beta + (i_b * T + o_t) * H + i_h, mask=o_t < T, other=0.0).to(tl.float32)
     b_l = key_products(p_k, o_t < T, HK * K, K, C, BK, PRECISION)
     m_sees = visible(p_start + i_b * T, i_n, T, C) & (o_c[:, None] > o_c[None, :])
-    if p_segment is not None:
-        m_sees = m_sees & same_segment(p_segment + i_o * C, C)
-    b_l *= -b_beta[:, None] * decay_table(p_cum + i_o * C, None, None, m_sees, C)
+    m_sees = m_sees & same_segment(p_segment, i_o, C)
+    b_l *= -b_beta[:, None] * decay_table(p_cum, None, None, i_o, m_sees, C)
     o_tile = o_c[:, None] * C + o_c[None, :]
     tl.store(p_x + o_tile, b_l)
     tl.debug_barrier()
@@ -134,12 +140,11 @@ def inverse(k: Tensor, beta: Tensor, document_start: Tensor, decays: ChunkDecays
     batch, tokens, key_heads, key_dim = k.shape
     _, heads, chunks, chunk = decays.cum.shape
     out = torch.empty(batch, heads, chunks, chunk, chunk, dtype=torch.float32, device=k.device)
-    settings = tuning("write_matrix", k.device)
     launch(
         write_matrix_kernel, (batch * chunks * heads,),
         k, beta, document_start, decays.cum, decays.segment, out, tokens, heads, key_heads, chunks,
         K=key_dim, C=chunk, WITH_BETA=with_beta, PRECISION=dot_precision(k.dtype),
-        **settings | {"BK": min(power_of_2(key_dim, 16), settings["BK"])},
+        **settings_of("write_matrix", k.device, chunk, key_dim),
     )  # fmt: skip
     return out
 

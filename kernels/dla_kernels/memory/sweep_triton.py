@@ -317,9 +317,7 @@ def sweep_adjoints_kernel(
                     store_tile(p_adjoint + o_old, column, column_v, V, K, V, tile)
 
 
-def slot_versions(
-    table: SlotTable, decay: Tensor, group: int, *, frozen: bool
-) -> tuple[Tensor, Tensor]:
+def slot_versions(table: SlotTable, decay: Tensor, group: int, *, frozen: bool) -> tuple[Tensor, Tensor]:
     """(version int32, factor float32) [B, H, N+1, S] of slots that are not written again while nothing touches them.
 
     decay [B, H, N] is what a chunk leaves of a closed slot; `group` chunks are swept at a time.
@@ -348,7 +346,8 @@ class Group:
         frozen: bool,
     ) -> None:
         self.table, self.transition, self.frozen = table, transition, frozen
-        self.version, self.factor = versions if versions is not None else (None, None)
+        self.version = None if versions is None else versions[0]
+        self.factor = None if versions is None else versions[1]
         self.first, self.count = first, count
 
     def sweep_states(self, states: Tensor, key_end: Tensor, values: Tensor) -> None:
