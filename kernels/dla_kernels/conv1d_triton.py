@@ -163,7 +163,9 @@ def backward(
     blocks = launch.cdiv(tokens + (width - 1 if history is not None else 0), settings["BT"] - width + 1)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = torch.empty(batch * blocks, width, channels, dtype=torch.float32, device=x.device)
-    dhistory = None if history is None else history.new_empty(batch, width - 1, channels)
+    dhistory = None
+    if history is not None:
+        dhistory = torch.empty(batch, width - 1, channels, dtype=history.dtype, device=x.device)
     launch.launch(
         short_conv_backward_kernel,
         (batch * blocks * launch.cdiv(channels, settings["BC"]),),

@@ -1,7 +1,7 @@
 """dla_step: one token on the fixed-size cache (docs/dla.md sections 2 and 7), batched over sequences at different fill.
 
 The same rules as the token loop, decided from the cache alone and written back in place. Boundaries are hard: this is
-inference.
+inference. The kernels are in step_triton.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dla_kernels.attention import check_closed_slots
 from dla_kernels.backbones.recurrence import transition, write_of
+from dla_kernels.launch import resolve_backend
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.gates import content_read_weights
 from dla_kernels.memory.merging import random_pair
@@ -39,16 +40,33 @@ def dla_step(
     kappa: Tensor | None = None,
     gain: Tensor | None = None,
     sharpness: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """One token per sequence: q, k [B,Hk,K], v [B,H,V], log_decay, beta [B,H] -> o [B,H,V] in v's dtype; updates
     `cache` in place.
 
     read_weights [B,H,S] is the slot form by recency rank; with rho, kappa [B,Hk or H,R], gain and sharpness [H]
-    content reading is added once the token is written. Options as in plan_memory and dla_attention.
+    content reading is added once the token is written. Options as in plan_memory and dla_attention; `torch` and
+    `recurrent` are one code here. Raises ValueError on names that do not fit (in Triton on shapes too), before anything
+    changes. A full log_linear cache raises too, but not in Triton, which cannot look: its two oldest slots join there.
     """
     check_choices(policy, drift, capacity_rule, cache.slots, interval)
     check_closed_slots(closed_slots)
     routing = _routing(cache, rho, kappa, gain, sharpness)
+    if resolve_backend(backend, v, q, k, cache.states) == "triton":
+        from dla_kernels.step_triton import StepOptions, step
+
+        options = StepOptions(
+            tau,
+            policy,
+            drift,
+            capacity_rule,
+            interval,
+            closed_slots == "frozen",
+            k.shape[-1] ** -0.5 if scale is None else scale,
+        )
+        o: Tensor = step(q, k, v, log_decay, beta, read_weights, cache, options, routing)
+        return o
     heads = v.shape[1]
     dtype = cache.states.dtype
     q, k = (x.repeat_interleave(heads // x.shape[1], dim=1).to(dtype) for x in (q, k))

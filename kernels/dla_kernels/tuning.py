@@ -14,7 +14,57 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         80: {"BK": 64, "num_warps": 4, "num_stages": 2},
         90: {"BK": 64, "num_warps": 4, "num_stages": 2},
     },
+    "mamba2_operators": {
+        80: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
+        90: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "mamba2_backward": {
+        80: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
+        90: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
+    },
+    "gated_operators": {
+        80: {"BK": 32, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 64, "num_warps": 4, "num_stages": 1},
+    },
+    "gated_mixing_backward": {
+        80: {"BK": 32, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 64, "num_warps": 8, "num_stages": 1},
+    },
+    "gated_matrix_backward": {
+        80: {"BK": 32, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "gated_inputs": {
+        80: {"BK": 32, "num_warps": 4, "num_stages": 1},
+        90: {"BK": 64, "num_warps": 4, "num_stages": 1},
+    },
     # planner
+    "drift_tables": {
+        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    },
+    "drift_links": {
+        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    },
+    "drift_guess": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
+    "drift_states": {
+        80: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1},
+        90: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "drift_entry": {
+        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+    },
+    "drift_walk": {
+        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+    },
+    "drift_follow": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
+    "drift_gradients": {
+        80: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+    },
     # slots and mixing
     "slot_versions": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     "write_chunks": {
@@ -22,32 +72,44 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         90: {"BK": 64, "BV": 64, "BT": 16, "num_warps": 4, "num_stages": 2},
     },
     "sweep_states": {
-        80: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    },
+    "sweep_states_erasing": {
+        80: {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
+        90: {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
     },
     "sweep_adjoints": {
-        80: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+    },
+    "sweep_adjoints_erasing": {
+        80: {"BK": 64, "BV": 16, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 64, "BV": 16, "num_warps": 8, "num_stages": 1},
     },
     "mix_read": {
-        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
     },
     "mix_read_backward": {
-        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
     },
     "mix_erase_backward": {
-        80: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
+        90: {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
     },
     "mix_within_backward": {
-        80: {"BV": 16, "num_warps": 8, "num_stages": 1},
+        80: {"BT": 32, "BV": 64, "num_warps": 8, "num_stages": 2},
+        90: {"BT": 32, "BV": 64, "num_warps": 8, "num_stages": 2},
+    },
+    "mix_values_backward": {
+        80: {"BV": 64, "num_warps": 8, "num_stages": 1},
         90: {"BV": 64, "num_warps": 8, "num_stages": 1},
     },
     "mix_write_backward": {
-        80: {"BT": 16, "BK": 32, "BV": 64, "num_warps": 8, "num_stages": 2},
-        90: {"BT": 16, "BK": 32, "BV": 64, "num_warps": 8, "num_stages": 2},
+        80: {"BT": 16, "BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
+        90: {"BT": 16, "BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
     },
     # reads: affinity and gates
     "token_deaths": {
@@ -63,12 +125,62 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         80: {"BT": 32, "num_warps": 4, "num_stages": 1},
         90: {"BT": 32, "num_warps": 4, "num_stages": 1},
     },
+    "gate_weights": {
+        80: {"BT": 16, "num_warps": 4, "num_stages": 1},
+        90: {"BT": 16, "num_warps": 4, "num_stages": 1},
+    },
+    "gate_weights_backward": {
+        80: {"BT": 32, "num_warps": 8, "num_stages": 1},
+        90: {"BT": 32, "num_warps": 8, "num_stages": 1},
+    },
+    "gate_adjoints": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
+    "gate_gradients": {80: {"num_warps": 4, "num_stages": 1}, 90: {"num_warps": 4, "num_stages": 1}},
+    "content_weights": {
+        80: {"BX": 64, "num_warps": 4, "num_stages": 1},
+        90: {"BX": 64, "num_warps": 4, "num_stages": 1},
+    },
+    "content_weights_backward": {
+        80: {"BX": 64, "num_warps": 4, "num_stages": 1},
+        90: {"BX": 64, "num_warps": 4, "num_stages": 1},
+    },
+    "key_sums_added": {
+        80: {"BR": 64, "num_warps": 4, "num_stages": 1},
+        90: {"BR": 64, "num_warps": 4, "num_stages": 1},
+    },
+    "key_sums_carried": {
+        80: {"BR": 32, "num_warps": 4, "num_stages": 1},
+        90: {"BR": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "affinity_read": {
+        80: {"BR": 64, "BT": 16, "num_warps": 8, "num_stages": 1},
+        90: {"BR": 64, "BT": 16, "num_warps": 8, "num_stages": 1},
+    },
+    "affinity_scale": {
+        80: {"BT": 16, "num_warps": 4, "num_stages": 1},
+        90: {"BT": 16, "num_warps": 4, "num_stages": 1},
+    },
+    "affinity_query_gradient": {
+        80: {"BR": 128, "BT": 16, "GROUP": 8, "num_warps": 8, "num_stages": 1},
+        90: {"BR": 128, "BT": 16, "GROUP": 8, "num_warps": 8, "num_stages": 1},
+    },
+    "affinity_sums_gradient": {
+        80: {"BR": 128, "BT": 16, "num_warps": 4, "num_stages": 1},
+        90: {"BR": 128, "BT": 16, "num_warps": 4, "num_stages": 1},
+    },
+    "affinity_adjoints": {
+        80: {"BR": 32, "num_warps": 4, "num_stages": 1},
+        90: {"BR": 32, "num_warps": 4, "num_stages": 1},
+    },
+    "affinity_key_gradient": {
+        80: {"BR": 128, "BT": 32, "GROUP": 8, "num_warps": 8, "num_stages": 1},
+        90: {"BR": 128, "BT": 32, "GROUP": 8, "num_warps": 8, "num_stages": 1},
+    },
     # decode, convolution, norms
     "step_decide": {
         80: {"BV": 32, "BR": 32, "num_warps": 8, "num_stages": 1},
         90: {"BV": 32, "BR": 32, "num_warps": 8, "num_stages": 1},
     },
-    "step_update": {80: {"BV": 16, "num_warps": 4, "num_stages": 1}, 90: {"BV": 16, "num_warps": 4, "num_stages": 1}},
+    "step_update": {80: {"BV": 16, "num_warps": 8, "num_stages": 1}, 90: {"BV": 16, "num_warps": 4, "num_stages": 1}},
     "short_conv": {
         80: {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 1},
         90: {"BT": 64, "BC": 64, "num_warps": 8, "num_stages": 1},

@@ -137,7 +137,7 @@ def chunk_drift(
     scan = _Scan(chunks(k), chunks(v), chunks(log_decay), None if beta is None else chunks(beta), drift, sees)
     forced = _document_heads(document_start, chunk)
     tau = tau.to(device=k.device, dtype=torch.float32)[:, None]
-    state = scan.empty_state() if cache is None else _open_state(cache).to(dtype)
+    state = scan.empty_state() if cache is None else open_state(cache).to(dtype)
     reached, table = scan.reachable_boundaries(tau, forced)
     first, carried, states = scan.enter_chunks(state, tau, forced, reached)
     boundary, score = _follow(first, carried, reached, table)
@@ -159,7 +159,7 @@ def _document_heads(document_start: Tensor, chunk: int) -> Tensor:
     return to_chunks((document_start == index)[:, None], chunk)
 
 
-def _open_state(cache: MergeCache) -> Tensor:
+def open_state(cache: MergeCache) -> Tensor:
     """The newest slot's state [B, H, K, V] (zero in an empty cache)."""
     index = (cache.fill - 1).clamp_min(0)[..., None, None, None]
     return cache.states.gather(2, index.expand(-1, -1, 1, *cache.states.shape[3:]))[:, :, 0]

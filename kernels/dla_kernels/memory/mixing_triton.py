@@ -31,17 +31,15 @@ GROUP_BYTES = 512 * 2**20
 
 
 @triton.jit
-def token_ranks(token_death, document_start, c0, tokens, C: tl.constexpr, S: tl.constexpr):
-    """(rank [C, C] at token t of the slot that holds token l, whether t sees l)."""
-    at = tl.arange(0, C)
-    token = c0 + at
-    inside = token < tokens
-    death = tl.load(token_death + token, mask=inside, other=-1)
-    document = tl.load(document_start + token, mask=inside, other=0)
-    sees = (at[None, :] <= at[:, None]) & (token[None, :] >= document[:, None]) & inside[:, None]
-    alive = (sees & (death[None, :] > token[:, None])).to(tl.int32)
-    opened = tl.cumsum(alive, 1)
-    rank = tl.sum(alive, 1)[:, None] - opened
+def token_ranks(token_death, document_start, row, c0, tokens, C: tl.constexpr, S: tl.constexpr):
+    """(rank [rows, C] at token t = c0 + row of the slot that holds the chunk's token l, whether t sees l)."""
+    reader = c0 + row
+    token = c0 + tl.arange(0, C)
+    death = tl.load(token_death + token, mask=token < tokens, other=-1)
+    document = tl.load(document_start + reader, mask=reader < tokens, other=0)
+    sees = (token[None, :] <= reader[:, None]) & (token[None, :] >= document[:, None]) & (reader < tokens)[:, None]
+    alive = (sees & (death[None, :] > reader[:, None])).to(tl.int32)
+    rank = tl.sum(alive, 1)[:, None] - tl.cumsum(alive, 1)
     return tl.minimum(rank, S - 1), sees
 
 
@@ -63,15 +61,13 @@ def mix_read_kernel(
     c0 = (n * C).to(tl.int32)
     at = tl.arange(0, C)
     column_v = i_v * BV + tl.arange(0, BV)
-    row_stride = tl.cast(heads, tl.int64) * V
-    o_row = (b * tokens * heads + bh % heads).to(tl.int64)
+    left = tokens - c0
+    o_row = (b * tokens + n * C) * heads + bh % heads
 
-    rank, sees = token_ranks(token_death + bh * tokens, document_start + b * tokens, c0, tokens, C, S)
-    p_weight = weights + o_row * S + (c0 + at)[:, None].to(tl.int64) * heads * S
-    b_weight = tl.load(p_weight + rank, mask=sees, other=0.0)
-    p_mixing = mixing + (bh * chunks + n) * C * C + at[:, None] * C + at[None, :]
-    b_mixing = tl.load(p_mixing)
-    b_value = load_tile(values + o_row * V, c0 + at, column_v, row_stride, tokens, V)
+    rank, sees = token_ranks(token_death + bh * tokens, document_start + b * tokens, at, c0, tokens, C, S)
+    b_weight = tl.load(weights + o_row * S + (at[:, None] * (heads * S) + rank), mask=sees, other=0.0)
+    b_mixing = load_tile(mixing + (bh * chunks + n) * C * C, at, at, C, C, C)
+    b_value = load_tile(values + o_row * V, at, column_v, heads * V, left, V)
     within = (b_mixing.to(tl.float32) * b_weight).to(b_mixing.dtype)
     acc = tl.dot(within, b_value.to(within.dtype), input_precision=PRECISION)
 
@@ -108,12 +104,12 @@ def mix_read_kernel(
                 tile = load_tile(p_state + o_state * K * V, column, column_v, V, K, V)
                 read = tl.dot(b_query, tile.to(b_query.dtype), read, input_precision=PRECISION)
             acc += weight[:, None] * read
-    store_tile(out + o_row * V, c0 + at, column_v, row_stride, tokens, V, acc)
+    store_tile(out + o_row * V, at, column_v, heads * V, left, V, acc)
 
 
 @triton.jit
 def slot_gradient(
-    query, p_state, p_adjoint, p_out, weight, at, column_k, c0, row_stride, tokens,
+    query, p_state, p_adjoint, p_out, at, column_k, row_stride, left,
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ADJOINT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +118,7 @@ def slot_gradient(
     inner = 0.0
     for i_v in range(tl.cdiv(V, BV)):
         column_v = i_v * BV + tl.arange(0, BV)
-        b_out = load_tile(p_out, c0 + at, column_v, row_stride, tokens, V).to(query.dtype)
+        b_out = load_tile(p_out, at, column_v, row_stride, left, V).to(query.dtype)
         tile = load_tile(p_state, column_k, column_v, V, K, V)
         acc = tl.dot(b_out, tl.trans(tile.to(query.dtype)), acc, input_precision=PRECISION)
         if ADJOINT:
@@ -151,8 +147,8 @@ def mix_read_backward_kernel(
     at = tl.arange(0, C)
     column_k = i_k * BK + tl.arange(0, BK)
     slot = tl.arange(0, SP)
-    row_stride = tl.cast(heads, tl.int64) * V
-    p_out = d_out + ((bh // heads) * tokens * heads + bh % heads) * V
+    left = tokens - c0
+    p_out = d_out + (((bh // heads) * tokens + n * C) * heads + bh % heads) * V
     o_chunk = (bh * chunks + n) * C * K
     edge = (bh * (chunks + 1) + n) * S
     live = tl.load(fill + bh * (chunks + 1) + n)
@@ -176,8 +172,8 @@ def mix_read_backward_kernel(
             b_factor = tl.load(factor + edge + i)
         into = tl.sum((news <= tl.load(start + edge + i)).to(tl.int32), 0) - 1
         grad, by_token, inner = slot_gradient(
-            b_query, p_state + o_state * K * V, p_adjoint + tl.maximum(into, 0).to(tl.int64) * K * V, p_out, weight,
-            at, column_k, c0, row_stride, tokens, C, K, V, BK, BV, not FROZEN, PRECISION,
+            b_query, p_state + o_state * K * V, p_adjoint + tl.maximum(into, 0).to(tl.int64) * K * V, p_out,
+            at, column_k, heads * V, left, C, K, V, BK, BV, not FROZEN, PRECISION,
         )  # fmt: skip
         acc += (weight * b_factor)[:, None] * grad
         tl.store(p_d_weight + i * C, by_token * b_factor)
@@ -191,8 +187,8 @@ def mix_read_backward_kernel(
             into = tl.sum((news <= tl.load(start + edge + live - 1)).to(tl.int32), 0) - 1
             b_open = load_tile(query_open + o_chunk, at, column_k, K, C, K)
             grad, by_token, inner = slot_gradient(
-                b_open, p_state + o_state * K * V, p_adjoint + tl.maximum(into, 0).to(tl.int64) * K * V, p_out, weight,
-                at, column_k, c0, row_stride, tokens, C, K, V, BK, BV, True, PRECISION,
+                b_open, p_state + o_state * K * V, p_adjoint + tl.maximum(into, 0).to(tl.int64) * K * V, p_out,
+                at, column_k, heads * V, left, C, K, V, BK, BV, True, PRECISION,
             )  # fmt: skip
             acc = weight[:, None] * grad
             tl.store(p_d_weight + (live - 1) * C, by_token)
@@ -256,43 +252,77 @@ def mix_erase_backward_kernel(
         store_tile(grad + o_chunk, at, t * BK + tl.arange(0, BK), K, C, K, -grads[t])
 
 
+@triton.jit
+def add_in_segment(sum_a, begins_a, sum_b, begins_b):
+    """Running sum that begins anew where `begins` is set."""
+    return tl.where(begins_b > 0, sum_b, sum_a + sum_b), begins_a | begins_b
+
+
 @triton.jit(do_not_specialize=["chunks", "tokens", "heads"])
 def mix_within_backward_kernel(
-    d_mixing, d_weights, d_values, d_out, mixing, values, weights, token_death, document_start, chunks, tokens, heads,
-    C: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    d_mixing, d_weights, d_out, mixing, values, weights, token_death, document_start, chunks, tokens, heads,
+    C: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adjoints of (M * W) V of one chunk; d_weights gets every rank, d_values is written."""
+    """Adjoints of M and W in (M * W) V, for BT rows of a chunk; d_weights holds 0 and gets the ranks that occur.
+
+    Tokens of one rank lie side by side, so that a rank's sum stands at its last token after a segmented scan.
+    """
     pid = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = C // BT
+    row = (pid % blocks).to(tl.int32) * BT + tl.arange(0, BT)
+    pid = pid // blocks
     n = pid % chunks
     bh = pid // chunks
     b = bh // heads
     c0 = (n * C).to(tl.int32)
+    left = tokens - c0
     at = tl.arange(0, C)
-    row_stride = tl.cast(heads, tl.int64) * V
-    o_row = (b * tokens * heads + bh % heads).to(tl.int64)
-    rank, sees = token_ranks(token_death + bh * tokens, document_start + b * tokens, c0, tokens, C, S)
-    o_weight = o_row * S + (c0 + at).to(tl.int64) * heads * S
-    b_weight = tl.load(weights + o_weight[:, None] + rank, mask=sees, other=0.0)
-    o_mixing = (bh * chunks + n) * C * C + at[:, None] * C + at[None, :]
-    b_mixing = tl.load(mixing + o_mixing)
-    within = (b_mixing.to(tl.float32) * b_weight).to(b_mixing.dtype)
-    grad = tl.zeros([C, C], tl.float32)
+    o_row = (b * tokens + n * C) * heads + bh % heads
+    o_mixing = (bh * chunks + n) * C * C
+    grad = tl.zeros([BT, C], tl.float32)
     for i_v in range(tl.cdiv(V, BV)):
         column_v = i_v * BV + tl.arange(0, BV)
-        b_out = load_tile(d_out + o_row * V, c0 + at, column_v, row_stride, tokens, V).to(within.dtype)
-        b_value = load_tile(values + o_row * V, c0 + at, column_v, row_stride, tokens, V).to(within.dtype)
+        b_out = load_tile(d_out + o_row * V, row, column_v, heads * V, left, V).to(mixing.dtype.element_ty)
+        b_value = load_tile(values + o_row * V, at, column_v, heads * V, left, V).to(b_out.dtype)
         grad = tl.dot(b_out, tl.trans(b_value), grad, input_precision=PRECISION)
-        b_d_value = tl.dot(tl.trans(within), b_out, input_precision=PRECISION)
-        store_tile(d_values + o_row * V, c0 + at, column_v, row_stride, tokens, V, b_d_value)
-    tl.store(d_mixing + o_mixing, grad * b_weight)
-    by_token = tl.where(sees, grad * b_mixing.to(tl.float32), 0.0)
-    highest = tl.max(tl.where(sees, rank, 0))
-    inside = c0 + at < tokens
-    for r in range(S):
-        total = tl.zeros([C], tl.float32)
-        if r <= highest:
-            total = tl.sum(tl.where(rank == r, by_token, 0.0), 1)
-        tl.store(d_weights + o_weight + r, total, mask=inside)
+    rank, sees = token_ranks(token_death + bh * tokens, document_start + b * tokens, row, c0, tokens, C, S)
+    o_weight = o_row * S + (row[:, None] * (heads * S) + rank)
+    b_weight = tl.load(weights + o_weight, mask=sees, other=0.0)
+    store_tile(d_mixing + o_mixing, row, at, C, C, C, grad * b_weight)
+    by_token = grad * load_tile(mixing + o_mixing, row, at, C, C, C).to(tl.float32)
+    by_token = tl.where(sees, by_token, 0.0)
+    p_death = token_death + bh * tokens + c0 + at
+    death = tl.load(p_death, mask=at < left, other=-1)
+    begins = (death[None, :] > c0 + row[:, None]).to(tl.int32)
+    total, _ = tl.associative_scan((by_token, begins), 1, add_in_segment)
+    death = tl.load(p_death + 1, mask=at + 1 < left, other=-1)
+    ends = (at[None, :] == row[:, None]) | (death[None, :] > c0 + row[:, None])
+    tl.store(d_weights + o_weight, total, mask=sees & ends)
+
+
+@triton.jit(do_not_specialize=["chunks", "tokens", "heads"])
+def mix_values_backward_kernel(
+    d_values, d_out, mixing, weights, token_death, document_start, chunks, tokens, heads,
+    C: tl.constexpr, V: tl.constexpr, S: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_values = (M * W)^T dO of one chunk and a block of value columns."""
+    pid = tl.program_id(0).to(tl.int64)
+    column_v = (pid % tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
+    pid = pid // tl.cdiv(V, BV)
+    n = pid % chunks
+    bh = pid // chunks
+    b = bh // heads
+    c0 = (n * C).to(tl.int32)
+    left = tokens - c0
+    at = tl.arange(0, C)
+    o_row = (b * tokens + n * C) * heads + bh % heads
+    rank, sees = token_ranks(token_death + bh * tokens, document_start + b * tokens, at, c0, tokens, C, S)
+    b_weight = tl.load(weights + o_row * S + (at[:, None] * (heads * S) + rank), mask=sees, other=0.0)
+    b_mixing = load_tile(mixing + (bh * chunks + n) * C * C, at, at, C, C, C)
+    within = (b_mixing.to(tl.float32) * b_weight).to(b_mixing.dtype)
+    b_out = load_tile(d_out + o_row * V, at, column_v, heads * V, left, V).to(within.dtype)
+    b_d_value = tl.dot(tl.trans(within), b_out, input_precision=PRECISION)
+    store_tile(d_values + o_row * V, at, column_v, heads * V, left, V, b_d_value)
 
 
 @triton.jit(do_not_specialize=["first", "count", "chunks", "tokens", "heads", "rows"])
@@ -312,8 +342,8 @@ def mix_write_backward_kernel(
     c0 = (n * C).to(tl.int32)
     token = c0 + i_t.to(tl.int32) * BT + tl.arange(0, BT)
     slot = tl.arange(0, SP)
-    row_stride = tl.cast(heads, tl.int64) * V
-    o_row = ((bh // heads) * tokens * heads + bh % heads) * V
+    left = tokens - c0
+    o_row = (((bh // heads) * tokens + n * C) * heads + bh % heads) * V
     p_key = key_end + (bh * chunks + n) * C * K
     edge = (bh * (chunks + 1) + n + 1) * S
     live = tl.load(fill + bh * (chunks + 1) + n + 1)
@@ -326,8 +356,8 @@ def mix_write_backward_kernel(
         d_keys = d_keys + (tl.zeros([BT, BK], tl.float32),)
     for i_v in range(tl.cdiv(V, BV)):
         column_v = i_v * BV + tl.arange(0, BV)
-        b_value = load_tile(values + o_row, token, column_v, row_stride, tokens, V)
-        b_d_value = load_tile(d_values + o_row, token, column_v, row_stride, tokens, V)
+        b_value = load_tile(values + o_row, token - c0, column_v, heads * V, left, V)
+        b_d_value = load_tile(d_values + o_row, token - c0, column_v, heads * V, left, V)
         for j in range(oldest, newest):
             begin = tl.load(start + edge + j)
             end = tl.load(start + edge + j + 1, mask=j + 1 < live, other=FAR)
@@ -344,7 +374,7 @@ def mix_write_backward_kernel(
                 mine_key = tl.where(mine[:, None], b_key, 0.0).to(b_key.dtype)
                 b_d_value = tl.dot(mine_key, tile, b_d_value, input_precision=PRECISION)
             d_keys = more
-        store_tile(d_values + o_row, token, column_v, row_stride, tokens, V, b_d_value)
+        store_tile(d_values + o_row, token - c0, column_v, heads * V, left, V, b_d_value)
     for t in tl.static_range(N_K):
         column = t * BK + tl.arange(0, BK)
         store_tile(d_key_end + (bh * chunks + n) * C * K, token - c0, column, K, C, K, d_keys[t])
@@ -496,15 +526,21 @@ def _within_backward(
     d_out: Tensor, mixing: Tensor, values: Tensor, weights: Tensor, table: SlotTable
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, value_dim = values.shape
-    d_mixing, d_weights = torch.empty_like(mixing), torch.empty_like(weights)
+    d_mixing, d_weights = torch.empty_like(mixing), torch.zeros_like(weights)
     d_values = torch.empty_like(values, dtype=torch.float32)
-    settings = tuning("mix_within_backward", values.device)
-    settings["BV"] = min(settings["BV"], power_of_2(value_dim, 16))
+    precision = dot_precision(mixing.dtype)
+    settings = fit(tuning("mix_within_backward", values.device), 1, value_dim)
+    settings["BT"] = min(settings["BT"], table.chunk)
     launch(
-        mix_within_backward_kernel, (batch * heads * table.chunks,),
-        d_mixing, d_weights, d_values, d_out, mixing, values, weights, table.token_death, table.document_start,
-        table.chunks, tokens, heads,
-        C=table.chunk, V=value_dim, S=table.capacity, PRECISION=dot_precision(mixing.dtype), **settings,
+        mix_within_backward_kernel, (batch * heads * table.chunks * (table.chunk // settings["BT"]),),
+        d_mixing, d_weights, d_out, mixing, values, weights, table.token_death, table.document_start,
+        table.chunks, tokens, heads, C=table.chunk, V=value_dim, S=table.capacity, PRECISION=precision, **settings,
+    )  # fmt: skip
+    settings = fit(tuning("mix_values_backward", values.device), 1, value_dim)
+    launch(
+        mix_values_backward_kernel, (batch * heads * table.chunks * cdiv(value_dim, settings["BV"]),),
+        d_values, d_out, mixing, weights, table.token_death, table.document_start, table.chunks, tokens, heads,
+        C=table.chunk, V=value_dim, S=table.capacity, PRECISION=precision, **settings,
     )  # fmt: skip
     return d_mixing, d_weights, d_values
 

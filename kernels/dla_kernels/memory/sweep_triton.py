@@ -27,22 +27,22 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def load_tile(pointer, rows, columns, stride, height, width):
-    """[rows, columns] of a row-major matrix, zero outside height x width."""
+    """[rows, columns] of a row-major matrix, zero outside height x width. Offsets within a tile fit 32 bits."""
     mask = (rows[:, None] < height) & (columns[None, :] < width)
-    return tl.load(pointer + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=mask, other=0.0)
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_transposed(pointer, rows, columns, stride, height, width):
     """The transpose of `load_tile`: [columns, rows]."""
     mask = (rows[None, :] < height) & (columns[:, None] < width)
-    return tl.load(pointer + rows[None, :].to(tl.int64) * stride + columns[:, None], mask=mask, other=0.0)
+    return tl.load(pointer + rows[None, :] * stride + columns[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(pointer, rows, columns, stride, height, width, block):
     mask = (rows[:, None] < height) & (columns[None, :] < width)
-    tl.store(pointer + rows[:, None].to(tl.int64) * stride + columns[None, :], block, mask=mask)
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], block, mask=mask)
 
 
 @triton.jit(do_not_specialize=["chunks", "edges", "group"])
@@ -107,7 +107,7 @@ def write_chunks_kernel(
     starts = tl.load(start + edge + slot, mask=slot < S, other=FAR)
     oldest = tl.maximum(tl.sum((starts <= c0).to(tl.int32), 0) - 1, 0)
     p_key = key_end + (bh * chunks + n) * C * K
-    p_value = values + ((bh // heads) * tokens * heads + bh % heads) * V
+    p_value = values + (((bh // heads) * tokens + n * C) * heads + bh % heads) * V
     for j in range(oldest, live):
         begin = tl.maximum(tl.load(start + edge + j), c0)
         end = tl.minimum(tl.load(start + edge + j + 1, mask=j + 1 < live, other=FAR), last)
@@ -118,7 +118,7 @@ def write_chunks_kernel(
             mask_k = mine[None, :] & (column_k[:, None] < K)
             b_key = tl.load(p_key + (token - c0)[None, :] * K + column_k[:, None], mask=mask_k, other=0.0)
             mask_v = mine[:, None] & (column_v[None, :] < V)
-            o_value = token[:, None].to(tl.int64) * heads * V + column_v[None, :]
+            o_value = (token - c0)[:, None] * (heads * V) + column_v[None, :]
             b_value = tl.load(p_value + o_value, mask=mask_v, other=0.0)
             acc = tl.dot(b_key, b_value.to(b_key.dtype), acc, input_precision=PRECISION)
         o_state = ((bh * rows + c + 1) * S + j) * K * V
@@ -259,8 +259,8 @@ def sweep_adjoints_kernel(
         news = tl.load(start + old + S + slot, mask=slot < S, other=FAR)
         had = tl.load(fill + bh * (chunks + 1) + n)
         b_decay = tl.load(decay + bh * chunks + n)
-        b_out = load_tile(p_out, n * C + token, column_v, tl.cast(heads, tl.int64) * V, tokens, V)
-        b_out = b_out.to(tl.float32)
+        p_chunk = p_out + tl.cast(n * C, tl.int64) * heads * V
+        b_out = load_tile(p_chunk, token, column_v, heads * V, tokens - n * C, V).to(tl.float32)
         queries = ()
         erases = ()
         restores = ()
@@ -395,13 +395,15 @@ class Group:
     def _blocks(self, kernel: str, states: Tensor) -> tuple[dict[str, int], int]:
         """Settings and programs a head: erasing needs all key rows in one program, fading does not."""
         key_dim, value_dim = states.shape[-2:]
-        settings = fit(tuning(kernel, states.device), key_dim, value_dim)
-        settings["N_K"] = cdiv(key_dim, settings["BK"]) if self.transition.erase is not None else 1
+        erasing = self.transition.erase is not None
+        settings = fit(tuning(f"{kernel}_erasing" if erasing else kernel, states.device), key_dim, value_dim)
+        settings["N_K"] = cdiv(key_dim, settings["BK"]) if erasing else 1
         return settings, cdiv(key_dim, settings["BK"] * settings["N_K"]) * cdiv(value_dim, settings["BV"])
 
 
 def fit(settings: dict[str, int], key_dim: int, value_dim: int) -> dict[str, int]:
     """Blocks no larger than the dimensions need."""
-    settings["BK"] = min(settings["BK"], power_of_2(key_dim, 16))
+    if "BK" in settings:
+        settings["BK"] = min(settings["BK"], power_of_2(key_dim, 16))
     settings["BV"] = min(settings["BV"], power_of_2(value_dim, 16))
     return settings

@@ -23,7 +23,7 @@ FAR = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def chunk_block(N, C: tl.constexpr, BT: tl.constexpr):
-    """(i_bh int64, i_n int64, place o_t [BT] of its tokens in the chunk) of a program on a block of a chunk's tokens."""
+    """(i_bh int64, i_n int64, places o_t [BT] in the chunk) of a program on a block of a chunk's tokens."""
     i = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (C + BT - 1) // BT
     o_t = (i % blocks).to(tl.int32) * BT + tl.arange(0, BT)
@@ -81,22 +81,28 @@ def boundary_ranks(p_token_death, i_bh, i_n, b_start, b_death, b_t, b_d, T, C: t
 
 
 @triton.jit
+def chunk_row(i_bh, i_n, T, H, S: tl.constexpr, C: tl.constexpr):
+    """Where the row of a chunk's first token begins in [B, T, H, S]; that of place o_t lies o_t * H * S further (32
+    bits)."""
+    return ((i_bh // H * T + i_n * C) * H + i_bh % H) * S
+
+
+@triton.jit
 def store_by_rank(
-    p_row, m_token, b_token_rank, b_token_value, m_slot, b_slot_rank, b_slot_value, fill, o_r,
-    m_row, SHIFT: tl.constexpr, S: tl.constexpr,
+    p_chunk, o_row, m_row, m_token, b_token_rank, b_token_value, m_slot, b_slot_rank, b_slot_value, fill,
+    SHIFT: tl.constexpr, S: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Fill rows p_row [BT] of S elements with `fill`, then put every boundary's value at its rank + SHIFT.
+    """Fill the rows of S elements at o_row [BT] with `fill`, then put every boundary's value at its rank + SHIFT.
 
     Whoever reads the rows finds them complete: the block waits here.
     """
-    m_fill = m_row[:, None] & (o_r < S)[None, :]
-    tl.store(p_row[:, None] + o_r[None, :], fill, mask=m_fill)
+    o_r = tl.arange(0, BS)
+    tl.store(p_chunk + (o_row[:, None] + o_r[None, :]), fill, mask=m_row[:, None] & (o_r < S)[None, :])
     tl.debug_barrier()
-    p_token = p_row[:, None] + SHIFT + b_token_rank
-    m_put = m_token & (b_token_rank < S - SHIFT)
-    tl.store(p_token, b_token_value[None, :], mask=m_put)
-    m_put = m_slot & (b_slot_rank < S - SHIFT)
-    tl.store(p_row[:, None] + SHIFT + b_slot_rank, b_slot_value[None, :], mask=m_put)
+    o_put = o_row[:, None] + SHIFT + b_token_rank
+    tl.store(p_chunk + o_put, b_token_value[None, :], mask=m_token & (b_token_rank < S - SHIFT))
+    o_put = o_row[:, None] + SHIFT + b_slot_rank
+    tl.store(p_chunk + o_put, b_slot_value[None, :], mask=m_slot & (b_slot_rank < S - SHIFT))
     tl.debug_barrier()
 
 
@@ -120,8 +126,8 @@ def _load_edge(p_token_death, p_document_start, i_b, i_bh, n, T, C: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
 def slot_table_kernel(
-    p_carried_start, p_carried_death, p_carried_fill, p_token_death, p_document_start, p_start, p_death, p_fill, T, H, N,
-    S: tl.constexpr, C: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+    p_carried_start, p_carried_death, p_carried_fill, p_token_death, p_document_start, p_start, p_death, p_fill,
+    T, H, N, S: tl.constexpr, C: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One head's slots from edge to edge: what is alive at the end of a chunk moves up, in order."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -157,12 +163,20 @@ def slot_table_kernel(
         tl.store(p_d + o_s, tl.full([BS], -1, tl.int32), mask=m_s & (o_s >= b_fill))
         tl.store(p_fill + i_row, b_fill)
         # Asked for before the block waits for its own row.
-        b_ends, b_d = _load_edge(
-            p_token_death, p_document_start, i_bh // H, i_bh, tl.minimum(n + 1, N - 1), T, C, BC
-        )
+        b_ends, b_d = _load_edge(p_token_death, p_document_start, i_bh // H, i_bh, tl.minimum(n + 1, N - 1), T, C, BC)
         tl.debug_barrier()
         b_start = tl.load(p_s + o_s, mask=m_s, other=FAR)
         b_death = tl.load(p_d + o_s, mask=m_s, other=-1)
+
+
+def chunk_grid(kernel: str, table: SlotTable, like: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """(grid, constants) of a kernel with a program for every BT tokens of every chunk of every head."""
+    settings = tuning(kernel, like.device)
+    width = power_of_2(table.chunk, 16)
+    settings |= {"BC": width, "BT": min(settings["BT"], width), "BS": power_of_2(table.capacity, 8)}
+    batch, heads = table.fill.shape[:2]
+    grid = (batch * heads * table.chunks * cdiv(table.chunk, settings["BT"]),)
+    return grid, settings | {"S": table.capacity, "C": table.chunk}
 
 
 def slot_table_triton(plan: MemoryPlan, chunk: int) -> SlotTable:

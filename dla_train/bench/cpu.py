@@ -1,4 +1,4 @@
-"""Speed, measured side by side in one run (`make bench`): writes docs/results/speed.json and speed.md.
+"""Speed on the CPU, measured side by side in one run: writes docs/results/speed.json and speed.md.
 
 Timings on shared machines are noisy, so every claim is a ratio of things timed in turn in one process, and the spread
 over the rounds stands beside it. Nothing here is a test: a target that is missed is written down as missed.
@@ -6,12 +6,10 @@ over the rounds stands beside it. Nothing here is a test: a target that is misse
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -24,20 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.stdlib_files import prepare_stdlib_files
-from dla_kernels import dla_attention, l2_normalize, plan_memory
+from dla_kernels import dla_attention, plan_memory
+from dla_kernels.bench.inputs import TAU, Shape, boundary_rate, layer_inputs
 from dla_train.hydra_app import compose
 from dla_train.metrics import read_lines
 from dla_train.train import train
 
 BACKBONES = ("mamba2", "gated_deltanet")
-CAPACITY, TAU = 30, 0.6
-REPEATED = 0.25
-"""Share of tokens that resemble the one before: at tau 0.6 about 3 of 4 then open a slot, as on text."""
+CAPACITY = 30
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Heads and sizes of a measured layer."""
+class Size:
+    """Heads and dimensions of a measured layer; every head has its own key."""
 
     heads: int
     key_dim: int
@@ -46,8 +43,12 @@ class Shape:
     def __str__(self) -> str:
         return f"H {self.heads}, K {self.key_dim}, V {self.value_dim}"
 
+    def of(self, backbone: str) -> Shape:
+        """The layer's shape on a backbone."""
+        return Shape(backbone, self.heads, self.heads, self.key_dim, self.value_dim)
 
-SMALL, LARGE = Shape(4, 32, 32), Shape(8, 64, 64)
+
+SMALL, LARGE = Size(4, 32, 32), Size(8, 64, 64)
 
 
 @dataclass(frozen=True)
@@ -64,48 +65,18 @@ class Timing:
         return {"median_seconds": self.median, "least_seconds": min(self.rounds), "most_seconds": max(self.rounds)}
 
 
-def layer_inputs(backbone: str, tokens: int, shape: Shape) -> list[Tensor | None]:
-    """q, k, v, log_decay, beta of one sequence as leaves."""
-    generator = torch.Generator().manual_seed(0)
-    tokens_heads = (1, tokens, shape.heads)
-
-    def normal(dim: int) -> Tensor:
-        return torch.randn(*tokens_heads, dim, generator=generator)
-
-    # A token that resembles the one before takes the place of the last token that did not, with a little noise.
-    repeated = torch.rand(tokens, generator=generator) < REPEATED
-    source = torch.where(repeated, 0, torch.arange(tokens)).cummax(0).values
-
-    def alike(x: Tensor) -> Tensor:
-        return x[:, source] + 0.1 * x
-
-    q, k, v = normal(shape.key_dim), alike(normal(shape.key_dim)), alike(normal(shape.value_dim))
-    log_decay = -0.05 * torch.rand(tokens_heads, generator=generator)
-    beta = torch.rand(tokens_heads, generator=generator) if backbone == "gated_deltanet" else None
-    leaves = [l2_normalize(q), l2_normalize(k), v, log_decay, beta]
-    return [None if x is None else x.requires_grad_() for x in leaves]
-
-
-def layer_seconds(backbone: str, tokens: int, backend: str, *, shape: Shape = SMALL, backward: bool) -> float:
+def layer_seconds(backbone: str, tokens: int, backend: str, *, size: Size = SMALL, backward: bool) -> float:
     """Seconds of one dla layer, plan and mixing, with or without its gradients."""
-    q, k, v, log_decay, beta = layer_inputs(backbone, tokens, shape)
-    assert q is not None and k is not None and v is not None and log_decay is not None
-    weights = torch.ones(1, tokens, shape.heads, CAPACITY, requires_grad=backward)
+    x = layer_inputs(size.of(backbone), 1, tokens)
+    weights = torch.ones(1, tokens, size.heads, CAPACITY, requires_grad=backward)
     with torch.set_grad_enabled(backward):
         started = time.perf_counter()
-        plan = plan_memory(k, v, log_decay, beta, tau=TAU, capacity=CAPACITY, backend=backend)
-        o = dla_attention(q, k, v, log_decay, beta, read_weights=weights, plan=plan, backend=backend)
+        plan = plan_memory(*x.keys, tau=TAU, capacity=CAPACITY, backend=backend)
+        o = dla_attention(x.q, *x.keys, read_weights=weights, plan=plan, backend=backend)
         if backward:
             assert isinstance(o, Tensor)
             o.sum().backward()
     return time.perf_counter() - started
-
-
-def boundary_rate(backbone: str, shape: Shape) -> float:
-    """Boundaries per token of the measured inputs."""
-    _, k, v, log_decay, beta = layer_inputs(backbone, 2048, shape)
-    assert k is not None and v is not None and log_decay is not None
-    return float(plan_memory(k, v, log_decay, beta, tau=TAU, capacity=CAPACITY).boundary.double().mean())
 
 
 def measure_in_turn(things: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
@@ -126,15 +97,15 @@ def against_token_loop(rounds: int) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     for backbone in BACKBONES:
-        for shape, backward in ((SMALL, False), (SMALL, True), (LARGE, False)):
+        for size, backward in ((SMALL, False), (SMALL, True), (LARGE, False)):
             things = {
-                backend: functools.partial(layer_seconds, backbone, 2048, backend, shape=shape, backward=backward)
+                backend: functools.partial(layer_seconds, backbone, 2048, backend, size=size, backward=backward)
                 for backend in ("torch", "recurrent")
             }
             timings = measure_in_turn(things, rounds)
             ratio = timings["recurrent"].median / timings["torch"].median
-            name = f"{backbone}, {shape}, {'forward and backward' if backward else 'forward'}"
-            rate = boundary_rate(backbone, shape)
+            name = f"{backbone}, {size}, {'forward and backward' if backward else 'forward'}"
+            rate = boundary_rate(layer_inputs(size.of(backbone), 1, 2048), TAU, "torch")
             results[name] = {"ratio": ratio, "boundary_rate": rate} | {k: t.report() for k, t in timings.items()}
     return results
 
@@ -166,6 +137,7 @@ def trainer_overhead(steps: int) -> dict[str, Any]:
                     "train.validation_interval_steps=0",
                     "logging.interval_steps=1",
                     "logging.progress=false",
+                    "train.device=cpu",
                 ]
             )
         )
@@ -218,25 +190,15 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure everything and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m dla_train.bench", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="training steps timed (default %(default)s)")
-    options = parser.parse_args(arguments)
+def measure_cpu(output: Path, *, rounds: int, steps: int) -> None:
+    """Measure everything and write speed.json and speed.md into `output`; `steps` training steps are timed."""
     results = {
         "environment": environment(),
-        "against_token_loop": against_token_loop(options.rounds),
-        "growth_with_length": growth_with_length(options.rounds),
-        "trainer_overhead": trainer_overhead(options.steps),
+        "against_token_loop": against_token_loop(rounds),
+        "growth_with_length": growth_with_length(rounds),
+        "trainer_overhead": trainer_overhead(steps),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (options.output / "speed.md").write_text(table(results), encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (output / "speed.md").write_text(table(results), encoding="utf-8")
     print(table(results))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
