@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu check bench clean
+.PHONY: help install quickstart test test-gpu check bench bench-train clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -43,8 +43,12 @@ check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## Measure speed side by side; writes docs/results/
+bench: $(STAMP)  ## Measure speed side by side, the kernels too where there is a GPU; writes docs/results/
 	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.bench
+
+bench-train: $(STAMP)  ## Measure training steps of the paper's models on one GPU; writes docs/results/
+	$(BIN)/python -m dla_train.bench training
+	$(BIN)/python -m dla_train.bench render
 
 clean:  ## Remove build products and caches (keeps .venv, runs and data)
 	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -97,7 +97,7 @@ class MemoryConfig:
     chunk_tokens: int = 0
     """C: tokens per chunk of the chunkwise form; 0 picks the backend's default."""
     backend: str = "auto"
-    """Operations: `auto` (triton on CUDA, torch elsewhere), `torch` or `recurrent`."""
+    """Operations: `auto` (triton on CUDA, torch elsewhere), `triton`, `torch` or `recurrent`."""
 
 
 @dataclass
@@ -255,7 +255,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.read": ("unit", "slot", "content"),
     "memory.routing": ("qk", "projected"),
     "memory.gate": ("soft", "hard", "straight_through"),
-    "memory.backend": ("auto", "torch", "recurrent"),
+    "memory.backend": ("auto", "triton", "torch", "recurrent"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "train.dtype": ("float32", "bfloat16"),
     "train.device": ("auto", "cpu", "cuda"),

@@ -8,6 +8,7 @@ leave too little for the activations that an arm without recomputation keeps. Wr
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -189,7 +190,7 @@ class TrainingBenchmark:
                 self.results["left_out"].append({"job": name, "reason": "the time was up"})
                 continue
             began = self.budget.elapsed
-            status, detail = outcome(lambda model=model, memory=memory: self._arm(model, memory))
+            status, detail = outcome(functools.partial(self._arm, model, memory))
             self.budget.spent[key] = self.budget.elapsed - began
             if status != "ok":
                 self.results["left_out"].append({"job": name, "reason": f"{status}: {detail}"})

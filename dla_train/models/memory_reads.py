@@ -146,4 +146,7 @@ class MemoryReader(nn.Module):
             return slot, None
         terms = self.routing(hidden, inputs)
         affinity = slot_affinity(terms.rho, terms.kappa, plan, cache=cache, chunk_size=self.chunk, backend=self.backend)
-        return content_read_weights(slot, affinity, gain=terms.gain, sharpness=terms.sharpness), terms
+        weights = content_read_weights(
+            slot, affinity, gain=terms.gain, sharpness=terms.sharpness, backend=self.backend
+        )
+        return weights, terms

@@ -109,6 +109,7 @@ class RecurrentMixer(nn.Module):
             kappa=routing.kappa[:, 0] if routing is not None else None,
             gain=routing.gain if routing is not None else None,
             sharpness=routing.sharpness if routing is not None else None,
+            backend=self.reader.backend,
         )
         window = self.backbone.conv.window(projected.conv_inputs, cache.conv)
         if window is not None and cache.conv is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dla_kernels.inputs import check_inputs, compute_dtype, heads_first, to_chunks
-from dla_kernels.launch import resolve_backend
+from dla_kernels.launch import eager, mixing_chunk_size, resolve_backend
 from dla_kernels.memory.affinity import carried_key_sums, chunk_affinity
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.carry import final_cache
@@ -59,28 +59,74 @@ def dla_attention(
             f"the plan is for [B, T, H] = {tuple(plan.boundary.shape)}, the inputs are {(batch, tokens, heads)}"
         )
     check_closed_slots(closed_slots)
-    chunk = chunk_size or plan.chunk
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    frozen, dtype = closed_slots == "frozen", compute_dtype(q, k, v)
-    weights = heads_first(read_weights, heads, dtype)
-    gate = None if gates is None else gates.transpose(1, 2).to(dtype)
-    if gate is not None:
-        weights = gate_read_weights(weights, gate, plan, None if cache is None else cache.gates, chunk)
-    if resolve_backend(backend, q, k, v) == "recurrent":
+    backend = resolve_backend(backend, q, k, v)
+    chunk = chunk_size or mixing_chunk_size(plan.chunk, backend, v.device)
+    frozen = closed_slots == "frozen"
+    if backend == "triton":
+        o, states = _mix_in_triton(
+            q, k, v, log_decay, beta, read_weights, plan, gates, frozen=frozen, scale=scale, cache=cache, chunk=chunk
+        )
+    else:
+        o, states = _mix_in_torch(
+            q, k, v, log_decay, beta, read_weights, plan, gates,
+            recurrent=backend == "recurrent", frozen=frozen, scale=scale, cache=cache, chunk=chunk,
+        )  # fmt: skip
+    if not return_cache:
+        return o
+    sums = None if routing_keys is None else _final_key_sums(routing_keys, plan, cache, chunk, backend)
+    return o, final_cache(states, plan, slot_table(plan, chunk), gates, sums, cache)
+
+
+def _mix_in_torch(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, weights: Tensor, plan: MemoryPlan,
+    gates: Tensor | None, *, recurrent: bool, frozen: bool, scale: float, cache: MergeCache | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o [B,T,H,V] in v's dtype, states [B,H,S,K,V])."""
+    dtype = compute_dtype(q, k, v)
+    weights = heads_first(weights, v.shape[2], dtype)
+    if gates is not None:
+        carried = None if cache is None else cache.gates
+        weights = gate_read_weights(weights, gates.transpose(1, 2).to(dtype), plan, carried, chunk)
+    if recurrent:
         o, states = recurrent_mix(q, k, v, log_decay, beta, weights, plan, frozen=frozen, scale=scale, cache=cache)
     else:
         o, states = mix_chunks(
             q, k, v, log_decay, beta, weights, plan, frozen=frozen, scale=scale, cache=cache, chunk=chunk
         )
-    o = o.transpose(1, 2).to(v.dtype)
-    if not return_cache:
-        return o
-    sums = None
-    if routing_keys is not None:
-        before = None if cache is None else cache.key_sums
-        keys = to_chunks(heads_first(routing_keys, heads, dtype), chunk)
-        sums = carried_key_sums(keys, chunk_slots(plan, chunk), plan.capacity, before)[:, :, -1]
-    return o, final_cache(states, plan, slot_table(plan, chunk), gates, sums, cache)
+    return o.transpose(1, 2).to(v.dtype), states
+
+
+@eager
+def _mix_in_triton(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, weights: Tensor, plan: MemoryPlan,
+    gates: Tensor | None, *, frozen: bool, scale: float, cache: MergeCache | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `_mix_in_torch`; matrix products take operands of q's dtype."""
+    from dla_kernels.backbones.operators_triton import chunk_operators_triton
+    from dla_kernels.memory.gates_triton import gate_read_weights_triton
+    from dla_kernels.memory.mixing_triton import mix_triton
+
+    table = slot_table(plan, chunk)
+    weights = weights.float()
+    if gates is not None:
+        weights = gate_read_weights_triton(weights, gates.float(), table, None if cache is None else cache.gates)
+    operators = chunk_operators_triton(
+        q, k.to(q.dtype), log_decay, beta, table.document_start,
+        boundary=plan.boundary if frozen else None, scale=scale, chunk=chunk,
+    )  # fmt: skip
+    return mix_triton(None if cache is None else cache.states, operators, v, weights, table, key_dim=k.shape[-1])
+
+
+def _final_key_sums(keys: Tensor, plan: MemoryPlan, cache: MergeCache | None, chunk: int, backend: str) -> Tensor:
+    """Routing key sums [B, H, S, R] of the slots at the end of the row."""
+    before = None if cache is None else cache.key_sums
+    if backend == "triton":
+        from dla_kernels.memory.affinity_triton import final_key_sums
+
+        return final_key_sums(keys, slot_table(plan, chunk), before)
+    chunks = to_chunks(heads_first(keys, plan.boundary.shape[2], compute_dtype(keys)), chunk)
+    return carried_key_sums(chunks, chunk_slots(plan, chunk), plan.capacity, before)[:, :, -1]
 
 
 def check_closed_slots(closed_slots: str) -> None:
@@ -103,11 +149,17 @@ def slot_affinity(
     rho, kappa [B,T,Hk or H,R]. With `cache`, its key_sums count. Differentiable in rho and kappa. Source: docs/dla.md
     2.5.
     """
-    heads, dtype = plan.boundary.shape[2], compute_dtype(rho, kappa)
     if cache is not None and cache.key_sums is None:
         raise ValueError("the cache holds no routing keys; make it with MergeCache.empty(..., routing_dim=R)")
     sums = None if cache is None else cache.key_sums
+    backend = resolve_backend(backend, rho, kappa)
+    chunk = chunk_size or mixing_chunk_size(plan.chunk, backend, rho.device)
+    if backend == "triton":
+        from dla_kernels.memory.affinity_triton import chunk_affinity_triton
+
+        return chunk_affinity_triton(rho, kappa, slot_table(plan, chunk), sums)
+    heads, dtype = plan.boundary.shape[2], compute_dtype(rho, kappa)
     rho, kappa = heads_first(rho, heads, dtype), heads_first(kappa, heads, dtype)
-    if resolve_backend(backend, rho, kappa) == "recurrent":
+    if backend == "recurrent":
         return recurrent_affinity(rho, kappa, plan, sums).transpose(1, 2)
-    return chunk_affinity(rho, kappa, plan, sums, chunk_size or plan.chunk).transpose(1, 2)
+    return chunk_affinity(rho, kappa, plan, sums, chunk).transpose(1, 2)

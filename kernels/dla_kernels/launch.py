@@ -9,15 +9,20 @@ no kernel is tuned while it runs, which would stall the first step and let two r
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from dla_kernels.tuning import TUNING
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BACKENDS = ("triton", "torch", "recurrent")
 
@@ -61,6 +66,16 @@ def default_chunk_size(device: torch.device, key_dim: int) -> int:
     faster at 64).
     """
     return 32 if device.type == "cpu" and key_dim <= 32 else 64
+
+
+def mixing_chunk_size(plan_chunk: int, backend: str, device: torch.device) -> int:
+    """C of mixing where the caller names none: that of the plan, but tuning.py's in Triton on a GPU.
+
+    Mixing passes over S states a chunk, planning over one, so a longer chunk pays there first.
+    """
+    if backend == "triton" and not interpreting():
+        return tuning("mixing_chunk", device)["C"]
+    return plan_chunk
 
 
 @dataclass(frozen=True)
@@ -146,5 +161,20 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-eager: Callable[[Any], Any] = torch.compiler.disable
-"""Marks functions that torch.compile leaves alone: they launch kernels by data that tracing cannot see."""
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks functions that torch.compile leaves alone: they launch kernels by data that tracing cannot see."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Asked for when it is called: the compiler takes seconds to import, which `import dla_kernels` must not.
+        if "torch._dynamo" in sys.modules:
+            return _untraced(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def _untraced(function: Callable[P, R]) -> Callable[P, R]:
+    untraced: Callable[P, R] = torch.compiler.disable(function)
+    return untraced

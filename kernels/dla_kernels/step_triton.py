@@ -262,7 +262,7 @@ def step_update_kernel(
         b_s = b_ahead
         b_ahead = tl.load(p_tile + tl.cast(last, tl.int64) * (K * V), mask=m & (last < before), other=0.0)
         for i in range(first + 1, last):
-            b_s -= tl.load(p_tile + tl.cast(i, tl.int64) * (K * V), mask=m, other=0.0)
+            b_s += tl.load(p_tile + tl.cast(i, tl.int64) * (K * V), mask=m, other=0.0)
         is_open = i_j == fill - 1
         if FROZEN:
             if is_open:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 TUNING: dict[str, dict[int, dict[str, int]]] = {
     # chunk operators
-    "chunk_decays": {80: {"num_warps": 2, "num_stages": 1}, 90: {"num_warps": 2, "num_stages": 1}},
-    "decays_backward": {80: {"num_warps": 2, "num_stages": 1}, 90: {"num_warps": 2, "num_stages": 1}},
+    "chunk_decays": {80: {"num_warps": 4, "num_stages": 1}, 90: {"num_warps": 4, "num_stages": 1}},
+    "decays_backward": {80: {"num_warps": 4, "num_stages": 1}, 90: {"num_warps": 4, "num_stages": 1}},
     "write_matrix": {
         80: {"BK": 64, "num_warps": 4, "num_stages": 2},
         90: {"BK": 64, "num_warps": 4, "num_stages": 2},
     },
     "mamba2_operators": {
-        80: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "HEADS": 8, "num_warps": 8, "num_stages": 2},
+        90: {"BK": 64, "HEADS": 8, "num_warps": 8, "num_stages": 2},
     },
-    "mamba2_backward": {
-        80: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "HEADS": 8, "num_warps": 4, "num_stages": 2},
+    "mamba2_scores_backward": {
+        80: {"BK": 32, "num_warps": 8, "num_stages": 2},
+        90: {"BK": 128, "num_warps": 8, "num_stages": 1},
+    },
+    "mamba2_input_backward": {
+        80: {"BK": 64, "HEADS": 8, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 64, "HEADS": 8, "num_warps": 8, "num_stages": 1},
     },
     "gated_operators": {
         80: {"BK": 32, "num_warps": 8, "num_stages": 1},
@@ -66,6 +70,7 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         90: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
     },
     # slots and mixing
+    "mixing_chunk": {80: {"C": 64}, 90: {"C": 128}},  # no kernel: tokens of a chunk
     "slot_versions": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     "write_chunks": {
         80: {"BK": 64, "BV": 64, "BT": 16, "num_warps": 4, "num_stages": 2},

@@ -68,8 +68,10 @@ class Setting:
         """Arguments of every token: q, k, v, gates; read weights and content reading."""
         case, generator = self.case, torch.Generator().manual_seed(7)
         weights = torch.rand(2, self.tokens, 2, self.slots, generator=generator).to(DEVICE)
-        rho = torch.randn(2, self.tokens, 1, ROUTING_DIM, generator=generator).to(DEVICE, self.dtype)
-        kappa = torch.randn(2, self.tokens, 2, ROUTING_DIM, generator=generator).to(DEVICE, self.dtype)
+        heads = (1, 2) if self.closed == "transition" else (2, 1)  # routing may be grouped, or per head
+        rho, kappa = (
+            torch.randn(2, self.tokens, n, ROUTING_DIM, generator=generator).to(DEVICE, self.dtype) for n in heads
+        )
         steps = []
         for t in range(self.tokens):
             given = {"read_weights": weights[:, t]}

@@ -34,6 +34,20 @@ class ChunkDecays:
     """[B, H, N]: e^G of the chunk's end, or, frozen, of the end of the segment that entered open (1 if none did)."""
 
 
+@dataclass(frozen=True)
+class DecayAdjoints:
+    """What decays a chunk's operators gives ChunkDecays, float32: of each operator, gradient times operator, summed."""
+
+    cum: Tensor | None
+    """[B, H, N, C]: by the token it is read at less by the token that wrote it, where neither is below; None: zero."""
+    end: Tensor | None
+    """[B, H, N, C]: by the writing token, where it is read after its segment; None: zero."""
+    read: Tensor
+    """[X, B, H, N, C], to be summed over X: of what `read_decay` scales."""
+    key: Tensor
+    """[X, B, H, N, C], to be summed over X: of what `end_decay` scales."""
+
+
 @triton.jit
 def visible(p_start, i_n, T, C: tl.constexpr):
     """[C, C] bool: token i of chunk i_n sees token j: no later one, and none of an earlier document."""
@@ -137,23 +151,35 @@ def _is_segment_end(p_boundary, o_g, o_t, T, H, C: tl.constexpr):
     return (o_c == C - 1) | (b_next > 0)
 
 
-@triton.jit(do_not_specialize=["T", "H", "N"])
+@triton.jit
+def _sum_of(p, o, PARTS: tl.constexpr, ENTRIES, C: tl.constexpr):
+    """[C] float32: the sum of PARTS tensors of ENTRIES entries at o; 0 of none."""
+    b_sum = tl.zeros([C], tl.float32)
+    if p is not None:
+        for i in tl.static_range(PARTS):
+            b_sum += tl.load(p + o + i * ENTRIES)
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["T", "H", "N", "ENTRIES"])
 def decays_backward_kernel(
-    p_start, p_boundary, p_segment, p_decay, p_d_cum, p_d_end, p_d_read, p_d_decay, p_d_log_decay, T, H, N,
-    C: tl.constexpr,
+    p_start, p_boundary, p_segment, p_decay, p_d_cum, p_d_end, p_d_read, p_d_key, p_d_decay, p_d_log_decay,
+    T, H, N, ENTRIES, PARTS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """d log_decay [B, T, H] from the adjoints of cum, end, log of `read_decay` (all [B, H, N, C]) and decay."""
+    """d log_decay [B, T, H], one chunk and head a program; ENTRIES: B * H * N * C."""
     i_p = tl.program_id(0).to(tl.int64)
     i_h = i_p % H
     i_n = (i_p // H) % N
     i_b = i_p // H // N
     i_o = (i_b * H + i_h) * N + i_n
+    entries = tl.cast(ENTRIES, tl.int64)
     o_c = tl.arange(0, C)
     o_t = i_n * C + o_c
     o_g = (i_b * T + o_t) * H + i_h
-    b_cum = tl.load(p_d_cum + i_o * C + o_c)
-    b_end = tl.load(p_d_end + i_o * C + o_c)
-    b_read = tl.load(p_d_read + i_o * C + o_c)
+    b_read = _sum_of(p_d_read, i_o * C + o_c, PARTS, entries, C)
+    b_key = _sum_of(p_d_key, i_o * C + o_c, PARTS, entries, C)
+    b_cum = _sum_of(p_d_cum, i_o * C + o_c, 1, entries, C) - b_key
+    b_end = _sum_of(p_d_end, i_o * C + o_c, 1, entries, C) + b_key
     b_whole = 0.0
     if p_d_decay is not None:
         b_whole = tl.load(p_d_decay + i_o) * tl.load(p_decay + i_o)
@@ -200,19 +226,16 @@ def decays_backward(
     log_decay: Tensor,
     document_start: Tensor,
     boundary: Tensor | None,
-    d_cum: Tensor,
-    d_end: Tensor,
-    d_read: Tensor,
+    adjoints: DecayAdjoints,
     d_decay: Tensor | None,
 ) -> Tensor:
-    """d log_decay, shaped and typed like log_decay [B,T,H], from the adjoints of cum, end and log of `read_decay`
-    [B,H,N,C] and of decay [B,H,N] float32."""
+    """d log_decay, shaped and typed like log_decay [B,T,H]; d_decay [B,H,N] float32 is the gradient of decays.decay."""
     batch, heads, chunks, chunk = decays.cum.shape
     out = torch.empty_like(log_decay)
     launch(
         decays_backward_kernel, (batch * chunks * heads,),
-        document_start, boundary, decays.segment, decays.decay, d_cum, d_end, d_read, d_decay, out,
-        log_decay.shape[1], heads, chunks,
-        C=chunk, **tuning("decays_backward", log_decay.device),
+        document_start, boundary, decays.segment, decays.decay, adjoints.cum, adjoints.end, adjoints.read,
+        adjoints.key, d_decay, out, log_decay.shape[1], heads, chunks, decays.cum.numel(),
+        PARTS=adjoints.read.shape[0], C=chunk, **tuning("decays_backward", log_decay.device),
     )  # fmt: skip
     return out

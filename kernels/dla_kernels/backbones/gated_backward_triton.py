@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dla_kernels.backbones.decays_triton import (
     ChunkDecays,
+    DecayAdjoints,
     decay_table,
     end_decay,
     entered_open,
@@ -155,10 +156,11 @@ def gated_mixing_backward_kernel(
 @triton.jit(do_not_specialize=["T", "H", "HK", "N"])
 def gated_matrix_backward_kernel(
     p_k, p_beta, p_start, p_cum, p_end, p_segment, p_x, p_d_matrix, p_d_key_end, p_d_erase, p_d_restore,
-    p_d_gram, p_d_beta, p_d_cum, p_d_end, T, H, HK, N,
+    p_d_gram, p_d_beta, p_d_cum, p_d_key, T, H, HK, N,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d (k k^T) [B,H,N,C,C] and dbeta [B,T,H]; adds the rest to the adjoints of the decays; a chunk and head a program."""
+    """d (k k^T) [B,H,N,C,C], dbeta [B,T,H] and what erase, key_end and restore give the decays; a chunk and head a
+    program."""
     i_p = tl.program_id(0).to(tl.int64)
     i_h = i_p % H
     i_n = (i_p // H) % N
@@ -176,22 +178,21 @@ def gated_matrix_backward_kernel(
     b_beta = tl.load(p_beta + (i_b * T + o_t) * H + i_h, mask=m_t, other=0.0).to(tl.float32)
 
     b_dt = tl.zeros([C, C], tl.float32)
-    b_d_cum = tl.load(p_d_cum + i_c * C + o_c)
-    b_d_end = tl.zeros([C], tl.float32)
+    b_d_key = tl.zeros([C], tl.float32)
     b_open = entered_open(p_segment, i_c, C)
     b_end = end_decay(p_cum, p_end, i_c, C)
     if p_d_erase is not None:
         b_dt = _outer(p_d_erase + i_out, p_k, m_t, row, K, C, BK, PRECISION)
         b_dt *= b_open[:, None] * (start_decay(p_cum, i_c, C) * b_open)[None, :]
-        b_d_cum += tl.sum(tl.load(p_x + o_tile) * b_beta[None, :] * b_dt, 1)
+        b_rows = tl.sum(tl.load(p_x + o_tile) * b_beta[None, :] * b_dt, 1)
+        tl.store(p_d_cum + i_c * C + o_c, tl.load(p_d_cum + i_c * C + o_c) + b_rows)
     if p_d_key_end is not None:
         b_w = _outer_of_keys(p_k, p_d_key_end + i_out, m_t, row, K, C, BK, PRECISION) * b_end[:, None]
-        b_d_end += tl.sum(tl.load(p_x + o_tile) * b_beta[None, :] * b_w, 0)
+        b_d_key += tl.sum(tl.load(p_x + o_tile) * b_beta[None, :] * b_w, 0)
         b_dt += b_w
     if p_d_restore is not None:
-        b_d_end += b_end * b_open * _row_products(p_d_restore + i_out, p_k, m_t, row, K, C, BK)
-    tl.store(p_d_cum + i_c * C + o_c, b_d_cum - b_d_end)
-    tl.store(p_d_end + i_c * C + o_c, tl.load(p_d_end + i_c * C + o_c) + b_d_end)
+        b_d_key += b_end * b_open * _row_products(p_d_restore + i_out, p_k, m_t, row, K, C, BK)
+    tl.store(p_d_key + i_c * C + o_c, b_d_key)
 
     b_dt += tl.load(p_d_matrix + i_c * C * C + o_tile)
     b_dt = tl.dot(tl.load(p_x + o_turned), b_dt, input_precision=PRECISION)
@@ -273,13 +274,13 @@ def gated_backward(
     mixing: Tensor,
     scale: float,
     grads: GatedGradients,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk as q [B,T,Hk,K], dbeta as beta [B,T,H], adjoints of cum, end and log of `read_decay` [B,H,N,C] float32."""
+) -> tuple[Tensor, Tensor, Tensor, DecayAdjoints]:
+    """dq, dk as q [B,T,Hk,K], dbeta as beta [B,T,H] and the adjoints of the decays."""
     _, tokens, key_heads, key_dim = k.shape
     batch, heads, chunks, chunk = decays.cum.shape
     d_scores, d_gram = torch.empty_like(mixing), torch.empty_like(mixing)
     d_beta = torch.empty_like(beta)
-    d_cum, d_end, d_read = (torch.empty_like(decays.cum) for _ in range(3))
+    d_cum, d_end, d_read, d_key = (torch.empty_like(decays.cum) for _ in range(4))
     d_matrix = torch.empty_like(inverse)
     sizes = {"K": key_dim, "C": chunk, "PRECISION": dot_precision(q.dtype)}
     launch(
@@ -291,7 +292,7 @@ def gated_backward(
     launch(
         gated_matrix_backward_kernel, (batch * chunks * heads,),
         k, beta, document_start, decays.cum, decays.end, decays.segment, inverse, d_matrix,
-        grads.key_end, grads.erase, grads.restore, d_gram, d_beta, d_cum, d_end,
+        grads.key_end, grads.erase, grads.restore, d_gram, d_beta, d_cum, d_key,
         tokens, heads, key_heads, chunks, **sizes, **settings_of("gated_matrix_backward", q.device, chunk, key_dim),
     )  # fmt: skip
     group = heads // key_heads
@@ -305,4 +306,4 @@ def gated_backward(
     )  # fmt: skip
     if group > 1:
         dq, dk = (x.unflatten(2, (key_heads, group)).sum(3).to(q.dtype) for x in (dq, dk))
-    return dq, dk, d_beta, d_cum, d_end, d_read
+    return dq, dk, d_beta, DecayAdjoints(d_cum, d_end, d_read[None], d_key[None])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dla_kernels.backbones.decays_triton import (
     ChunkDecays,
+    DecayAdjoints,
     decay_table,
     end_decay,
     read_decay,
@@ -84,38 +85,15 @@ def mamba2_operators_kernel(
                 tl.store(p_query_closed + o_out, b_q.to(p_query_closed.dtype.element_ty), mask=m_k)
 
 
-@triton.jit
-def _scores_backward(
-    p_q, p_k, p_start, p_cum, p_end, p_segment, p_d_mixing, p_d_cum, p_d_end, i_b, i_n, i_first, heads, row, m_t, scale,
-    T, N, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """d (q k^T) [C, C] of all heads; stores the share of mixing in each head's d_cum and d_end."""
-    o_c = tl.arange(0, C)
-    m_sees = visible(p_start + i_b * T, i_n, T, C)
-    b_s = scores_of(p_q, p_k, m_t, row, K, C, BK, PRECISION)
-    b_d = tl.zeros([C, C], tl.float32)
-    for i in range(heads):
-        i_c = i_first + tl.cast(i, tl.int64) * N
-        b_dm = tl.load(p_d_mixing + i_c * C * C + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
-        b_dm *= decay_table(p_cum, p_end, p_segment, i_c, m_sees, C) * scale
-        b_d += b_dm
-        b_dm *= b_s
-        m_same = same_segment(p_segment, i_c, C)
-        b_rows = tl.sum(tl.where(m_same, b_dm, 0.0), 1)
-        tl.store(p_d_cum + i_c * C + o_c, b_rows - tl.sum(b_dm, 0))
-        tl.store(p_d_end + i_c * C + o_c, tl.sum(tl.where(m_same, 0.0, b_dm), 0))
-    return b_d
-
-
 @triton.jit(do_not_specialize=["T", "H", "HK", "N", "BLOCKS"])
-def mamba2_backward_kernel(
-    p_q, p_k, p_start, p_cum, p_end, p_segment, p_decay, p_d_mixing, p_d_query_closed, p_d_query_open, p_d_key_end,
-    p_scores, p_d_cum, p_d_end, p_d_read, p_dq, p_dk, scale, T, H, HK, N, BLOCKS,
+def mamba2_scores_backward_kernel(
+    p_q, p_k, p_start, p_cum, p_end, p_segment, p_d_mixing, p_d_scores, p_d_cum, p_d_end, scale,
+    T, H, HK, N, BLOCKS,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dq and dk over HEADS heads of one key head [B, T, HK, BLOCKS, K], and the adjoints of the decays.
+    """d (q k^T) [B, N, HK, BLOCKS, C, C], summed over HEADS heads, and what mixing gives the decays of each head.
 
-    Grid: B * N * HK * BLOCKS. p_scores [programs, C, C]: d (q k^T) on its way to being transposed.
+    Grid: B * N * HK * BLOCKS.
     """
     i_p = tl.program_id(0).to(tl.int64)
     i_block = i_p % BLOCKS
@@ -124,65 +102,75 @@ def mamba2_backward_kernel(
     i_b = i_p // BLOCKS // HK // N
     heads = tl.minimum(HEADS, H // HK - i_block * HEADS)
     i_first = (i_b * H + i_hk * (H // HK) + i_block * HEADS) * N + i_n
+    i_in = ((i_b * T + i_n * C) * HK + i_hk) * K
     o_c = tl.arange(0, C)
-    m_t = i_n * C + o_c < T
-    row = HK * K
-    p_q += ((i_b * T + i_n * C) * HK + i_hk) * K
-    p_k += ((i_b * T + i_n * C) * HK + i_hk) * K
-    p_scores += i_p * C * C
-    if p_d_mixing is not None:
-        b_d = _scores_backward(
-            p_q, p_k, p_start, p_cum, p_end, p_segment, p_d_mixing, p_d_cum, p_d_end, i_b, i_n, i_first, heads, row,
-            m_t, scale, T, N, K, C, BK, PRECISION,
-        )  # fmt: skip
-        tl.store(p_scores + o_c[:, None] * C + o_c[None, :], b_d.to(p_scores.dtype.element_ty))
-        tl.debug_barrier()
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = (o_k < K)[None, :]
-        o_in = o_c.to(tl.int64)[:, None] * row + o_k[None, :]
-        b_q = tl.load(p_q + o_in, mask=m_t[:, None] & m_k, other=0.0)
-        b_k = tl.load(p_k + o_in, mask=m_t[:, None] & m_k, other=0.0)
-        b_dq = tl.zeros([C, BK], tl.float32)
-        b_dk = tl.zeros([C, BK], tl.float32)
-        if p_d_mixing is not None:
-            b_s = tl.load(p_scores + o_c[:, None] * C + o_c[None, :])
-            b_st = tl.load(p_scores + o_c[None, :] * C + o_c[:, None])
-            b_dq = tl.dot(b_s, b_k, b_dq, input_precision=PRECISION)
-            b_dk = tl.dot(b_st, b_q, b_dk, input_precision=PRECISION)
-        for i in range(heads):
-            i_c = i_first + tl.cast(i, tl.int64) * N
-            o_out = i_c * C * K + o_c[:, None] * K + o_k[None, :]
-            # The first tile of K starts these sums, except where mixing's share lies there already.
-            m_more = (o_c >= 0) & (i_k > 0)
-            m_cum = m_more
-            if p_d_mixing is not None:
-                m_cum = o_c >= 0
-            b_d_cum = tl.load(p_d_cum + i_c * C + o_c, mask=m_cum, other=0.0)
-            b_d_end = tl.load(p_d_end + i_c * C + o_c, mask=m_cum, other=0.0)
-            b_d_read = tl.load(p_d_read + i_c * C + o_c, mask=m_more, other=0.0)
-            if p_d_query_open is not None:
-                b_g = tl.load(p_d_query_open + o_out, mask=m_k, other=0.0).to(tl.float32)
+    o_tile = o_c[:, None] * C + o_c[None, :]
+    m_sees = visible(p_start + i_b * T, i_n, T, C)
+    b_s = scores_of(p_q + i_in, p_k + i_in, i_n * C + o_c < T, HK * K, K, C, BK, PRECISION)
+    b_d = tl.zeros([C, C], tl.float32)
+    for i in range(heads):
+        i_c = i_first + tl.cast(i, tl.int64) * N
+        b_dm = tl.load(p_d_mixing + i_c * C * C + o_tile).to(tl.float32)
+        b_dm *= decay_table(p_cum, p_end, p_segment, i_c, m_sees, C) * scale
+        b_d += b_dm
+        b_dm *= b_s
+        m_same = same_segment(p_segment, i_c, C)
+        b_rows = tl.sum(tl.where(m_same, b_dm, 0.0), 1)
+        tl.store(p_d_cum + i_c * C + o_c, b_rows - tl.sum(b_dm, 0))
+        tl.store(p_d_end + i_c * C + o_c, tl.sum(tl.where(m_same, 0.0, b_dm), 0))
+    tl.store(p_d_scores + i_p * C * C + o_tile, b_d.to(p_d_scores.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "H", "HK", "N", "BLOCKS", "ENTRIES"])
+def mamba2_input_backward_kernel(
+    p_own, p_other, p_cum, p_end, p_segment, p_decay, p_d_scores, p_d_closed, p_d_decayed, p_d_log, p_d_own, scale,
+    T, H, HK, N, BLOCKS, ENTRIES,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, QUERY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d own [B, T, HK, BLOCKS, K], summed over HEADS heads: dq from the queries' gradients if QUERY, else dk from the
+    keys'. p_d_log [tiles of K, B, H, N, C]: their share in the adjoint of the logarithm of what decays own.
+
+    Grid: B * N * HK * BLOCKS * tiles of K. ENTRIES: B * H * N * C.
+    """
+    tiles: tl.constexpr = tl.cdiv(K, BK)
+    i_p = tl.program_id(0).to(tl.int64) // tiles
+    i_k = tl.program_id(0).to(tl.int64) % tiles
+    i_block = i_p % BLOCKS
+    i_hk = (i_p // BLOCKS) % HK
+    i_n = (i_p // BLOCKS // HK) % N
+    i_b = i_p // BLOCKS // HK // N
+    heads = tl.minimum(HEADS, H // HK - i_block * HEADS)
+    i_first = (i_b * H + i_hk * (H // HK) + i_block * HEADS) * N + i_n
+    o_c = tl.arange(0, C)
+    o_k = i_k * BK + tl.arange(0, BK)
+    o_t = i_b * T + i_n * C + o_c
+    m_k = (o_k < K)[None, :]
+    m_in = (i_n * C + o_c < T)[:, None] & m_k
+    o_in = (o_t * HK + i_hk)[:, None] * K + o_k[None, :]
+    b_own = tl.load(p_own + o_in, mask=m_in, other=0.0).to(tl.float32)
+    b_d = tl.zeros([C, BK], tl.float32)
+    for i in range(heads):
+        i_c = i_first + tl.cast(i, tl.int64) * N
+        o_out = i_c * C * K + o_c[:, None] * K + o_k[None, :]
+        b_log = tl.zeros([C], tl.float32)
+        if p_d_decayed is not None:
+            b_g = tl.load(p_d_decayed + o_out, mask=m_k, other=0.0).to(tl.float32)
+            if QUERY:
                 b_g *= scale * read_decay(p_cum, p_segment, p_decay, i_c, C)[:, None]
-                b_dq += b_g
-                b_d_read += tl.sum(b_g * b_q.to(tl.float32), 1)
-            if p_d_query_closed is not None:
-                b_dq += scale * tl.load(p_d_query_closed + o_out, mask=m_k, other=0.0).to(tl.float32)
-            if p_d_key_end is not None:
-                b_g = tl.load(p_d_key_end + o_out, mask=m_k, other=0.0).to(tl.float32)
+            else:
                 b_g *= end_decay(p_cum, p_end, i_c, C)[:, None]
-                b_dk += b_g
-                b_w = tl.sum(b_g * b_k.to(tl.float32), 1)
-                b_d_cum -= b_w
-                b_d_end += b_w
-            tl.store(p_d_cum + i_c * C + o_c, b_d_cum)
-            tl.store(p_d_end + i_c * C + o_c, b_d_end)
-            tl.store(p_d_read + i_c * C + o_c, b_d_read)
-        tl.debug_barrier()
-        o_d = ((o_c.to(tl.int64)[:, None] * HK) * BLOCKS) * K + o_k[None, :]
-        i_d = (((i_b * T + i_n * C) * HK + i_hk) * BLOCKS + i_block) * K
-        tl.store(p_dq + i_d + o_d, b_dq.to(p_dq.dtype.element_ty), mask=m_t[:, None] & m_k)
-        tl.store(p_dk + i_d + o_d, b_dk.to(p_dk.dtype.element_ty), mask=m_t[:, None] & m_k)
+            b_d += b_g
+            b_log += tl.sum(b_g * b_own, 1)
+        tl.store(p_d_log + i_k * ENTRIES + i_c * C + o_c, b_log)
+        if p_d_closed is not None:
+            b_d += scale * tl.load(p_d_closed + o_out, mask=m_k, other=0.0).to(tl.float32)
+    if p_d_scores is not None:
+        o_s = o_c[:, None] * C + o_c[None, :] if QUERY else o_c[None, :] * C + o_c[:, None]
+        b_s = tl.load(p_d_scores + i_p * C * C + o_s)
+        b_d += tl.dot(b_s, tl.load(p_other + o_in, mask=m_in, other=0.0), input_precision=PRECISION)
+    o_d = ((o_t * HK + i_hk) * BLOCKS + i_block)[:, None] * K + o_k[None, :]
+    tl.store(p_d_own + o_d, b_d.to(p_d_own.dtype.element_ty), mask=m_in)
 
 
 def mamba2_operators(
@@ -219,27 +207,47 @@ def mamba2_backward(
     d_query_closed: Tensor | None,
     d_query_open: Tensor | None,
     d_key_end: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq and dk as q [B,T,Hk,K], and the adjoints of cum, end and the log of `read_decay` [B,H,N,C] float32."""
-    batch, tokens, key_heads, key_dim = k.shape
-    _, heads, chunks, chunk = decays.cum.shape
-    settings = _settings("mamba2_backward", q, chunk, heads)
+) -> tuple[Tensor, Tensor, DecayAdjoints]:
+    """dq, dk as q [B,T,Hk,K], and the adjoints of the decays."""
+    batch, heads, chunks, chunk = decays.cum.shape
+    key_heads = k.shape[2]
+    settings = _settings("mamba2_input_backward", q, chunk, heads)
     blocks = cdiv(heads // key_heads, settings["HEADS"])
     programs = batch * chunks * key_heads * blocks
-    shape = (batch, tokens, key_heads, blocks, key_dim)
-    dq, dk = (q.new_empty(shape, dtype=q.dtype if blocks == 1 else torch.float32) for _ in range(2))
-    d_cum, d_end, d_read = (torch.empty_like(decays.cum) for _ in range(3))
-    launch(
-        mamba2_backward_kernel, (programs,),
-        q, k, document_start, decays.cum, decays.end, decays.segment, decays.decay,
-        d_mixing, d_query_closed, d_query_open, d_key_end, q.new_empty(programs, chunk, chunk),
-        d_cum, d_end, d_read, dq, dk, scale, tokens, heads, key_heads, chunks, blocks,
-        K=key_dim, C=chunk, PRECISION=dot_precision(q.dtype), **settings,
-    )  # fmt: skip
-    dq, dk = (x.flatten(3).view_as(q) if blocks == 1 else x.sum(3).to(q.dtype) for x in (dq, dk))
-    return dq, dk, d_cum, d_end, d_read
+    d_scores = d_cum = d_end = None
+    if d_mixing is not None:
+        d_cum, d_end = (torch.empty_like(decays.cum) for _ in range(2))
+        d_scores = q.new_empty(programs, chunk, chunk)
+        scores_settings = _settings("mamba2_scores_backward", q, chunk, heads) | {"HEADS": settings["HEADS"]}
+        launch(
+            mamba2_scores_backward_kernel, (programs,),
+            q, k, document_start, decays.cum, decays.end, decays.segment, d_mixing, d_scores, d_cum, d_end, scale,
+            k.shape[1], heads, key_heads, chunks, blocks,
+            K=k.shape[3], C=chunk, PRECISION=dot_precision(q.dtype), **scores_settings,
+        )  # fmt: skip
+
+    def gradient(
+        own: Tensor, other: Tensor, d_closed: Tensor | None, d_decayed: Tensor | None, *, query: bool
+    ) -> tuple[Tensor, Tensor]:
+        _, tokens, _, key_dim = own.shape
+        tiles = cdiv(key_dim, settings["BK"])
+        d_own = own.new_empty(
+            batch, tokens, key_heads, blocks, key_dim, dtype=own.dtype if blocks == 1 else torch.float32
+        )
+        d_log = decays.cum.new_empty(tiles, *decays.cum.shape)
+        launch(
+            mamba2_input_backward_kernel, (programs * tiles,),
+            own, other, decays.cum, decays.end, decays.segment, decays.decay, d_scores, d_closed, d_decayed, d_log,
+            d_own, scale, tokens, heads, key_heads, chunks, blocks, decays.cum.numel(),
+            K=key_dim, C=chunk, QUERY=query, PRECISION=dot_precision(own.dtype), **settings,
+        )  # fmt: skip
+        return d_own[:, :, :, 0] if blocks == 1 else d_own.sum(3).to(own.dtype), d_log
+
+    dq, d_read = gradient(q, k, d_query_closed, d_query_open, query=True)
+    dk, d_key = gradient(k, q, None, d_key_end, query=False)
+    return dq, dk, DecayAdjoints(d_cum, d_end, d_read, d_key)
 
 
 def _settings(kernel: str, q: Tensor, chunk: int, heads: int) -> dict[str, int]:
     settings = settings_of(kernel, q.device, chunk, q.shape[3])
-    return settings | {"HEADS": min(settings["HEADS"], heads // q.shape[2])}
+    return settings | {"HEADS": min(settings.get("HEADS", heads), heads // q.shape[2])}

@@ -89,13 +89,9 @@ class _Operators(torch.autograd.Function):
         )
         d_beta = None
         if beta is None:
-            dq, dk, d_cum, d_end, d_read = mamba2_backward(
-                q, k, start, decays, ctx.scale, d_mixing, d_closed, d_query, d_key_end
-            )
+            dq, dk, adjoints = mamba2_backward(q, k, start, decays, ctx.scale, d_mixing, d_closed, d_query, d_key_end)
         else:
-            adjoints = GatedGradients(d_mixing, d_closed, d_query, d_key_end, d_erase, d_restore)
-            dq, dk, d_beta, d_cum, d_end, d_read = gated_backward(
-                q, k, beta, start, decays, matrix, mixing, ctx.scale, adjoints
-            )
-        d_log_decay = decays_backward(decays, log_decay, start, boundary, d_cum, d_end, d_read, d_decay)
+            given = GatedGradients(d_mixing, d_closed, d_query, d_key_end, d_erase, d_restore)
+            dq, dk, d_beta, adjoints = gated_backward(q, k, beta, start, decays, matrix, mixing, ctx.scale, given)
+        d_log_decay = decays_backward(decays, log_decay, start, boundary, adjoints, d_decay)
         return dq, dk, d_log_decay, d_beta, None, None, None, None

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", default="", help="patterns of shape/arm, e.g. 'mamba2/dla_k30*,*/decode'")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing beyond (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each arm (default %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes that compile first (default 8, on a CPU 0)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that compile first (default one a core, at most 16; on a CPU 0)"
+    )
     parser.add_argument("--backend", help="triton or torch (default: triton on CUDA, torch elsewhere)")
     parser.add_argument("--toy", action="store_true", help="small shapes, to try the program itself")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     tokens = given.tokens or (max(TOY_LENGTHS) if given.toy else max(LENGTHS))
     lengths = [int(t) for t in given.lengths.split(",")] if given.lengths else TOY_LENGTHS if given.toy else LENGTHS
-    workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    workers = min(16, os.cpu_count() or 1) if device.type == "cuda" else 0
     options = Options(
         device=device,
         output=given.output,

@@ -69,7 +69,7 @@ def repeated(cache: MergeCache, batch: int) -> MergeCache:
 class Decoder:
     """One dla_step on buffers that keep their place, as a graph needs them."""
 
-    def __init__(self, shape: Shape, cache: MergeCache, tokens: LayerInputs) -> None:
+    def __init__(self, shape: Shape, cache: MergeCache, tokens: LayerInputs, backend: str | None = None) -> None:
         """tokens: what is decoded, [B, steps, ...]; begins anew after the last."""
         self.cache, self._tokens, self._next = cache, tokens, 0
         self._buffers = [x[:, 0].clone() for x in tokens.tensors]
@@ -94,6 +94,7 @@ class Decoder:
                 kappa=k,
                 gain=gain,
                 sharpness=sharpness,
+                backend=backend,
             )
 
         self.step: Callable[[], object] = step
@@ -136,7 +137,9 @@ def measure_decode(
     records = []
     for batch in batches:
         tokens = layer_inputs(shape, batch, steps + 2, dtype=dtype, device=device, gradients=False)
-        decoders = {context: Decoder(shape, repeated(cache, batch), tokens) for context, cache in caches.items()}
+        decoders = {
+            context: Decoder(shape, repeated(cache, batch), tokens, backend) for context, cache in caches.items()
+        }
         eager = _latencies({context: decoder.step for context, decoder in decoders.items()}, decoders, steps, stopwatch)
         graphs, why = _graphs(decoders, device)
         replayed = _latencies(graphs, decoders, steps, stopwatch) if graphs else {}

@@ -79,8 +79,8 @@ class LayerInputs:
 
     def tokens(self, begin: int, end: int) -> LayerInputs:
         """Tokens begin .. end of every row."""
-        beta = None if self.beta is None else self.beta[:, begin:end]
-        return LayerInputs(*(x[:, begin:end] for x in (self.q, self.k, self.v, self.log_decay)), beta)
+        q, k, v, log_decay = (x[:, begin:end] for x in (self.q, self.k, self.v, self.log_decay))
+        return LayerInputs(q, k, v, log_decay, None if self.beta is None else self.beta[:, begin:end])
 
 
 def layer_inputs(
@@ -120,8 +120,8 @@ def layer_inputs(
 
 
 def boundary_rate(inputs: LayerInputs, tau: float, backend: str | None) -> float:
-    """Boundaries per token and head of `inputs` at a threshold."""
-    plan = plan_memory(*inputs.keys, tau=tau, capacity=2, backend=backend)
+    """Boundaries per token and head of `inputs` at a threshold; they do not depend on the capacity."""
+    plan = plan_memory(*inputs.keys, tau=tau, capacity=30, backend=backend)
     return float(plan.boundary.float().mean())
 
 

@@ -30,6 +30,9 @@ from dla_kernels.bench.measure import first_line
 
 CAPACITIES = (30, 8)
 """K of the dynamic memories."""
+LOG_LINEAR_SLOTS = 18
+"""Slots and levels of our log_linear: enough for 128K tokens, and the same for all lengths, as kernels are compiled for
+them."""
 GATE_TEMPERATURE = 0.1
 SHARPNESS = 8.0
 """Of content reading, as the models are initialised."""
@@ -87,7 +90,7 @@ class MemoryLayer:
 
     def __post_init__(self) -> None:
         batch, tokens = self.inputs.v.shape[:2]
-        self.capacity = {"dla": self.arm.capacity, "single": 1, "log_linear": levels_for(tokens)}[self.arm.family]
+        self.capacity = {"dla": self.arm.capacity, "single": 1, "log_linear": LOG_LINEAR_SLOTS}[self.arm.family]
         device, heads = self.inputs.v.device, self.shape.heads
         generator = torch.Generator(device).manual_seed(1)
         weights = 0.5 + torch.rand(batch, tokens, heads, self.capacity, generator=generator, device=device)
@@ -135,7 +138,7 @@ class MemoryLayer:
         def weights() -> None:
             if at["affinity"] is not None:
                 at["read"] = content_read_weights(
-                    self.weights, at["affinity"], gain=self.gain, sharpness=self.sharpness
+                    self.weights, at["affinity"], gain=self.gain, sharpness=self.sharpness, backend=self.backend
                 )
             if self.arm.family == "log_linear":
                 levels = log_linear_levels(at["plan"].positions, self.capacity, self.capacity)
@@ -214,7 +217,8 @@ class FlashAttention:
 
     def forward(self, training: bool) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(*self.leaves, is_causal=True)
+            q, k, v = self.leaves
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 FLA = {

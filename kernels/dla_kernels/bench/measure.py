@@ -115,9 +115,12 @@ def measure_in_turn(
 
     Two calls of each to warm up (the second is the peak's), then one call each a round. A case that fails is recorded
     as `out_of_memory` or `failed` with its reason, and the others go on. `after` is called whenever a record changed;
-    once `hurry` says so, no further round begins.
+    once `hurry` says so, no further case (`left_out`) and no further round begins.
     """
     for case in cases:
+        if hurry():
+            case.record["status"] = "left_out"
+            continue
 
         def warm_up(case: Case = case) -> None:
             case.run()
@@ -131,10 +134,12 @@ def measure_in_turn(
             break
         for case in cases:
             if case.record["status"] == "ok":
-                _attempt(case.record, stopwatch, lambda c=case: c.rounds.append(stopwatch.milliseconds(c.run)))
-        for case in cases:
-            if case.rounds:
-                case.record["milliseconds"] = summary(case.rounds)
+
+                def turn(case: Case = case) -> None:
+                    case.rounds.append(stopwatch.milliseconds(case.run))
+                    case.record["milliseconds"] = summary(case.rounds)
+
+                _attempt(case.record, stopwatch, turn)
         after()
 
 
@@ -171,7 +176,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 def kernel_times(device: torch.device, run: Run) -> list[dict[str, Any]]:
-    """What one call spends its time in, longest first: [{name, milliseconds, calls}] of kernels (operators on a CPU)."""
+    """What one call spends its time in, longest first: [{name, milliseconds, calls}], operators on a CPU."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"

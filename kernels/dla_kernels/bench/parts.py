@@ -90,7 +90,8 @@ def live_slots(plan: MemoryPlan) -> float:
 def mixing_flops(shape: Shape, chunk: int, live: float, closed_slots: str) -> float:
     """FLOPs per token of the forward mixing of all heads, multiply-adds counted as 2; causal C x C products as half.
 
-    `live` is the mean number of slots that were alive (`live_slots`), not the capacity. Per token and head:
+    `live` is the mean number of slots that were alive (`live_slots`), not the capacity; `chunk` is the plan's C, for
+    kernels that choose a longer one do no more useful work. Per token and head:
         reads of old slots       2 live K V           at 30 states of 128 x 128 a rough floor of 1 MFLOP
         (M * W) V and writes     C V + 2 K V
         gated_deltanet           2 C^2 / 3 + 3 C K for T, A T, Wy, A Wy, K~, and for each slot that moves (all that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -150,7 +151,7 @@ class Session:
                 self.results["left_out"].append({"job": str(job), "reason": "the time was up"})
                 continue
             began = self.budget.elapsed
-            status, detail = outcome(lambda job=job: self._do(job))
+            status, detail = outcome(functools.partial(self._do, job))
             self.budget.spent[job.cost_key] = self.budget.elapsed - began
             if status != "ok":
                 self.results["left_out"].append({"job": str(job), "reason": f"{status}: {detail}"})
@@ -319,25 +320,27 @@ COMPILE_TOKENS = 256
 
 
 def compile_one_of(options: Options, index: int, workers: int) -> None:
-    """Run every `workers`-th measured layer once on few tokens, for what that leaves in Triton's cache."""
-    done: set[tuple[str, str]] = set()
+    """Run every `workers`-th group of measured layers once on few tokens, for what that leaves in Triton's cache.
+
+    Layers of one group differ in their reads alone, and so share most kernels.
+    """
+    groups: dict[tuple[Any, ...], dict[str, tuple[Shape, Arm]]] = {}
     for job in schedule(list(options.shapes), options.lengths, options.patterns):
-        shape = options.shapes[job.shape]
         for arm in job.arms:
-            if (job.shape, arm.name) in done:
-                continue
-            done.add((job.shape, arm.name))
-            if len(done) % workers != index:
-                continue
+            group = groups.setdefault((job.shape, arm.family, arm.capacity, arm.closed_slots), {})
+            group[f"{job.shape}/{arm.name}"] = options.shapes[job.shape], arm
+    for group in list(groups.values())[index::workers]:
+        for name, (shape, arm) in group.items():
             inputs = layer_inputs(shape, 1, COMPILE_TOKENS, dtype=options.dtype, device=options.device)
-            for name in PASSES:
-                status, detail = outcome(
-                    lambda arm=arm, shape=shape, x=inputs, name=name: _pass(
-                        build_layer(arm, shape, x, attention=options.attention, tau=TAU, backend=options.backend), name
-                    )()
-                )
-                if status != "ok" and not arm.family.startswith("fla"):
-                    print(f"compiling {job.shape}/{arm.name}, {name}: {detail}", flush=True)
+            status, detail = outcome(functools.partial(_run_once, options, arm, shape, inputs))
+            if status != "ok" and not arm.family.startswith("fla"):
+                print(f"compiling {name}: {detail}", flush=True)
+
+
+def _run_once(options: Options, arm: Arm, shape: Shape, inputs: LayerInputs) -> None:
+    layer = build_layer(arm, shape, inputs, attention=options.attention, tau=TAU, backend=options.backend)
+    for name in PASSES:
+        _pass(layer, name)()
 
 
 def compile_beforehand(options: Options, budget: Budget) -> dict[str, Any]:

@@ -125,21 +125,13 @@ def linear_in_length(results: Results) -> tuple[list[Verdict], Numbers]:
 
 def near_matrix_rate(results: Results) -> tuple[list[Verdict], Numbers]:
     """The forward mixing of K = 30 slots, FLOPs of slots that are alive, against torch.matmul in bf16."""
-    found = {
-        record["shape"]: record["mixing_share_of_matrix_rate"]
-        for record in results["parts"]
-        if record["arm"] == DYNAMIC.format(30)
-    }
+    found = {shape: record["mixing_share_of_matrix_rate"] for shape, record in _parts(results).items()}
     return [share >= MATRIX_SHARE for share in found.values()], found
 
 
 def small_planner(results: Results) -> tuple[list[Verdict], Numbers]:
     """Share of plan_memory in a training forward pass at 16K."""
-    found = {
-        record["shape"]: record["stage_shares"]["plan"]
-        for record in results["parts"]
-        if record["arm"] == DYNAMIC.format(30) and record["length"] == REFERENCE_LENGTH
-    }
+    found = {shape: record["stage_shares"]["plan"] for shape, record in _parts(results).items()}
     return [share <= PLANNER_SHARE for share in found.values()], found
 
 
@@ -190,6 +182,12 @@ def _first(results: Results, shape: str, arms: tuple[str, ...], length: int) -> 
         if record is not None:
             return record, arm
     return None, arms[0]
+
+
+def _parts(results: Results) -> dict[str, Numbers]:
+    """Parts of the default dynamic memory's pass at 16K, by shape."""
+    wanted = DYNAMIC.format(30), REFERENCE_LENGTH
+    return {record["shape"]: record for record in results["parts"] if (record["arm"], record["length"]) == wanted}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

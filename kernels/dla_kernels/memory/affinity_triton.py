@@ -10,8 +10,6 @@ old slots and tokens lie in the order of time: a sum by rank is a sum over neigh
 next.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 from dataclasses import dataclass

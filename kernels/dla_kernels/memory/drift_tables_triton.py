@@ -106,28 +106,25 @@ def drift_score(
 
 @triton.jit
 def row_products(
-    p_x, p_y, i_x, i_y, m_x, m_y, row, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
+    p_x, p_y, m_x, m_y, row, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """x y^T [C, C] float32 of rows i_x of x and i_y of y, `row` elements apart."""
+    """x y^T [C, C] float32 of the rows from p_x and p_y on, `row` elements apart; rows not in m_x, m_y count as 0."""
+    o_r = tl.arange(0, C) * row
     b_xy = tl.zeros([C, C], tl.float32)
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD)
         m_d = o_d < D
-        b_x = tl.load(p_x + (i_x * row)[:, None] + o_d[None, :], mask=m_x[:, None] & m_d[None, :], other=0.0)
-        b_y = tl.load(p_y + (i_y * row)[None, :] + o_d[:, None], mask=m_y[None, :] & m_d[:, None], other=0.0)
+        b_x = tl.load(p_x + (o_r[:, None] + o_d[None, :]), mask=m_x[:, None] & m_d[None, :], other=0.0)
+        b_y = tl.load(p_y + (o_r[None, :] + o_d[:, None]), mask=m_y[None, :] & m_d[:, None], other=0.0)
         b_xy = tl.dot(b_x, b_y, b_xy, input_precision=PRECISION)
     return b_xy
 
 
 @triton.jit
-def row_norms(p_x, i_x, m_x, row, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
-    """|x|^2 [C] float32 of rows i_x of x."""
-    b_xx = tl.zeros([C], tl.float32)
-    for i_d in range(0, D, BD):
-        o_d = i_d + tl.arange(0, BD)
-        b_x = tl.load(p_x + (i_x * row)[:, None] + o_d[None, :], mask=m_x[:, None] & (o_d < D)[None, :], other=0.0)
-        b_xx += tl.sum(b_x.to(tl.float32) * b_x.to(tl.float32), 1)
-    return b_xx
+def diagonal(b_x, C: tl.constexpr):
+    """Diagonal [C] of b_x [C, C]."""
+    o_c = tl.arange(0, C)
+    return tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_x, 0.0), 1)
 
 
 @triton.jit
@@ -161,22 +158,22 @@ def chunk_end(p_start, b_cum, o_t, i_b, i_n, T, C: tl.constexpr):
 
 @triton.jit
 def _store_keys(
-    p_k, p_matrix, p_key_open, p_key_end, b_recall, b_cum, b_before, b_to_end, i_o, i_m, o_t, m_t, row,
+    p_k, p_matrix, p_key_open, p_key_end, b_recall, b_cum, b_before, b_to_end, m_t, row,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys [C, K] by which the chunk's tokens read the state it was entered with, and stand in the one it leaves."""
     o_c = tl.arange(0, C)
-    b_matrix_t = tl.load(p_matrix + i_m * C * C + o_c[None, :] * C + o_c[:, None])
+    b_matrix_t = tl.load(p_matrix + (o_c[None, :] * C + o_c[:, None]))
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
-        m_k = m_t[:, None] & (o_k < K)[None, :]
-        b_k = tl.load(p_k + (o_t * row)[:, None] + o_k[None, :], mask=m_k, other=0.0).to(tl.float32)
+        m_k = (o_k < K)[None, :]
+        b_k = tl.load(p_k + ((o_c * row)[:, None] + o_k[None, :]), mask=m_t[:, None] & m_k, other=0.0).to(tl.float32)
         b_open = tl.exp(b_before)[:, None] * b_k
         b_open -= tl.dot(b_recall, tl.exp(b_cum)[:, None] * b_k, input_precision=PRECISION)
         b_end = tl.dot(b_matrix_t, b_to_end[:, None] * b_k, input_precision=PRECISION)
-        p_tile = (i_o * C + o_c)[:, None] * K + o_k[None, :]
-        tl.store(p_key_open + p_tile, b_open, mask=(o_k < K)[None, :])
-        tl.store(p_key_end + p_tile, b_end, mask=(o_k < K)[None, :])
+        o_tile = o_c[:, None] * K + o_k[None, :]
+        tl.store(p_key_open + o_tile, b_open, mask=m_k)
+        tl.store(p_key_end + o_tile, b_end, mask=m_k)
 
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring"])
@@ -198,24 +195,25 @@ def drift_tables_kernel(
     m_sees = sees_earlier(o_t, m_t, b_start)
     b_before = tl.sum(tl.where(m_sees, b_g[None, :], 0.0), 1)
     b_cum = b_before + b_g
-    p_k += (i_b * T * HK + i_h // (H // HK)) * K
-    p_v += (i_b * T * H + i_h) * V
-    b_kk = row_norms(p_k, o_t, m_t, HK * K, K, BK, C)
-    b_vv = row_norms(p_v, o_t, m_t, H * V, V, BV, C)
+    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+    p_v += ((i_b * T + i_n * C) * H + i_h) * V
 
     b_decay = decay_between(b_before, b_cum, m_sees)
-    b_recall = row_products(p_k, p_k, o_t, o_t, m_t, m_t, HK * K, K, BK, C, PRECISION) * b_decay
+    b_recall = row_products(p_k, p_k, m_t, m_t, HK * K, K, BK, C, PRECISION)
+    b_kk = diagonal(b_recall, C)
+    b_recall *= b_decay
     if GATED:
-        i_m = (i_b * H + i_h) * chunks + i_n - first_chunk
-        b_matrix = tl.load(p_matrix + (i_m * C + o_c)[:, None] * C + o_c[None, :])
-        b_recall = tl.dot(b_recall, b_matrix, input_precision=PRECISION)
+        p_matrix += ((i_b * H + i_h) * chunks + i_n - first_chunk) * C * C
+        o_tile = o_c[:, None] * C + o_c[None, :]
+        b_recall = tl.dot(b_recall, tl.load(p_matrix + o_tile), input_precision=PRECISION)
+        tl.store(p_recall + i_o * C * C + o_tile, b_recall)
         _, b_to_end = chunk_end(p_start, b_cum, o_t, i_b, i_n, T, C)
-        tl.store(p_recall + (i_o * C + o_c)[:, None] * C + o_c[None, :], b_recall)
         _store_keys(
-            p_k, p_matrix, p_key_open, p_key_end, b_recall, b_cum, b_before, b_to_end, i_o, i_m, o_t, m_t, HK * K,
-            K, C, BK, PRECISION,
+            p_k, p_matrix, p_key_open + i_o * C * K, p_key_end + i_o * C * K, b_recall, b_cum, b_before, b_to_end,
+            m_t, HK * K, K, C, BK, PRECISION,
         )  # fmt: skip
-    b_values = row_products(p_v, p_v, o_t, o_t, m_t, m_t, H * V, V, BV, C, PRECISION)
+    b_values = row_products(p_v, p_v, m_t, m_t, H * V, V, BV, C, PRECISION)
+    b_vv = diagonal(b_values, C)
     b_matched = tl.cumsum(b_recall * b_values, 1, reverse=True)
     b_recalled = b_matched
     if GATED:
@@ -233,13 +231,17 @@ def drift_tables_kernel(
     m_hit = ((b_score >= tl.load(p_tau + i_h)) | (o_t == b_start)[:, None]) & m_t[:, None]
     m_later = o_c[:, None] > o_c[None, :]
     b_jump = tl.min(tl.where(m_hit & m_later, o_c[:, None], C), 0)
-    b_last = tl.where(b_jump < C, b_jump, o_c)
-    for _ in tl.static_range(7):  # walks of 2^7 steps: C is at most 128
-        b_last = tl.gather(b_last, b_last, 0)
     m_met = m_later & (o_c[:, None] <= b_jump[None, :])
-    tl.store(p_score + ((2 * i_o) * C + o_c)[:, None] * C + o_c[None, :], b_score, mask=m_met)
-    tl.store(p_steps + (i_o * STEPS + JUMP) * C + o_c, b_jump)
-    tl.store(p_steps + (i_o * STEPS + LAST) * C + o_c, b_last)
+    tl.store(p_score + 2 * i_o * C * C + (o_c[:, None] * C + o_c[None, :]), b_score, mask=m_met)
+    p_steps += i_o * STEPS * C + o_c
+    tl.store(p_steps + JUMP * C, b_jump)
+    # By way of memory, for one element a lane: a gather costs as many shuffles as a lane holds elements, squared.
+    tl.debug_barrier()
+    b_jump = tl.load(p_steps + JUMP * C)
+    b_last = tl.where(b_jump < C, b_jump, o_c)
+    for _ in tl.static_range(5):  # walks of 2^5 steps, C at most
+        b_last = tl.gather(b_last, b_last, 0)
+    tl.store(p_steps + LAST * C, b_last)
 
     p_terms += i_o * TERMS * C + o_c
     b_end_norm = pick_row(tl.exp(2 * b_g)[:, None] * b_norm + b_gain, C - 1, C)
@@ -265,33 +267,31 @@ def drift_links_kernel(
     o_c = tl.arange(0, C)
     o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
     o_l = o_t - C
-    m_l = o_l < T
+    m_l = tl.full([C], True, tl.int1)
     b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
     p_own = p_terms + i_o * TERMS * C + o_c
     p_past = p_terms + i_e * TERMS * C + o_c
     b_cum = tl.load(p_own + CUM * C)
     b_kk = tl.load(p_own + KEY_NORM * C)
     b_vv = tl.load(p_own + VALUE_NORM * C)
-    p_k += (i_b * T * HK + i_h // (H // HK)) * K
-    p_v += (i_b * T * H + i_h) * V
+    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+    p_v += ((i_b * T + i_n * C) * H + i_h) * V
+    p_w = p_v - C * H * V
 
     if GATED:
-        b_recall = row_products(
-            p_key_open, p_key_end, i_o * C + o_c, i_e * C + o_c, m_l, m_l, K, K, BK, C, PRECISION
-        )
+        b_recall = row_products(p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION)
     else:
         b_past_cum = tl.load(p_past + CUM * C)
         _, b_to_end = chunk_end(p_start, b_past_cum, o_l, i_b, i_n - 1, T, C)
-        b_recall = row_products(p_k, p_k, o_t, o_l, m_t, m_l, HK * K, K, BK, C, PRECISION)
+        b_recall = row_products(p_k, p_k - C * HK * K, m_t, m_l, HK * K, K, BK, C, PRECISION)
         b_recall *= tl.exp(b_cum - b_g)[:, None] * b_to_end[None, :]
-    b_across = row_products(p_v, p_v, o_t, o_l, m_t, m_l, H * V, V, BV, C, PRECISION)
+    b_across = row_products(p_v, p_w, m_t, m_l, H * V, V, BV, C, PRECISION)
     b_matched = tl.load(p_own + MATCHED * C)[:, None] + tl.cumsum(b_recall * b_across, 1, reverse=True)
     b_recalled = b_matched
     if GATED:
-        b_own = tl.load(p_recall + (i_o * C + o_c)[:, None] * C + o_c[None, :])
+        b_own = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
         b_mixed = tl.dot(b_own, b_across, input_precision=PRECISION)
-        b_mixed = tl.cumsum(2 * b_recall * b_mixed, 1, reverse=True)
-        b_values = row_products(p_v, p_v, o_l, o_l, m_l, m_l, H * V, V, BV, C, PRECISION)
+        b_values = row_products(p_w, p_w, m_l, m_l, H * V, V, BV, C, PRECISION)
         b_recalled = recalled_norm(b_recall, b_values, tl.load(p_past + VALUE_NORM * C), C, PRECISION)
         b_recalled += tl.load(p_own + RECALLED * C)[:, None] + b_mixed
     b_gain = norm_gain(
@@ -310,6 +310,6 @@ def drift_links_kernel(
     b_after = tl.load(p_steps + (i_o * STEPS + LAST) * C + b_first, mask=b_first < C, other=-1)
     m_left = tl.load(p_steps + (i_e * STEPS + JUMP) * C + o_c) == C
     m_met = m_left[None, :] & (o_c[:, None] <= b_first[None, :])
-    tl.store(p_score + ((2 * i_o + 1) * C + o_c)[:, None] * C + o_c[None, :], b_score, mask=m_met)
+    tl.store(p_score + (2 * i_o + 1) * C * C + (o_c[:, None] * C + o_c[None, :]), b_score, mask=m_met)
     tl.store(p_steps + (i_o * STEPS + FIRST) * C + o_c, b_first)
     tl.store(p_steps + (i_o * STEPS + AFTER) * C + o_c, b_after)

@@ -29,7 +29,7 @@ from dla_kernels.memory.drift_walk_triton import (
     drift_walk_kernel,
 )
 
-MOST_CHUNK = 64
+MOST_CHUNK = 32
 """Tokens of a chunk here, at most: tables cost C^2, and decisions do not depend on how a row is cut."""
 WORKSPACE_BYTES = 2**29
 """Of one span, about; at least one chunk is taken."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dla_kernels.launch import resolve_backend
 from dla_kernels.memory.slots import chunk_slots
 from dla_kernels.plan import MemoryPlan
 
@@ -82,12 +83,18 @@ def gate_read_weights(
     return torch.stack(gated, dim=-1)
 
 
-def content_read_weights(slot_weights: Tensor, affinity: Tensor, *, gain: Tensor, sharpness: Tensor) -> Tensor:
+def content_read_weights(
+    slot_weights: Tensor, affinity: Tensor, *, gain: Tensor, sharpness: Tensor, backend: str | None = None
+) -> Tensor:
     """slot + gain_h * softmax(sharpness_h * affinity | null slot): [..., H, S] each, gain and sharpness [H].
 
     The null slot (logit 0) takes the weight no live slot earns. Dead slots (-inf) get no content weight. Source:
     docs/dla.md 2.5.
     """
+    if resolve_backend(backend, affinity, slot_weights) == "triton":
+        from dla_kernels.memory.gates_triton import content_read_weights_triton
+
+        return content_read_weights_triton(slot_weights, affinity, gain, sharpness)
     logits = sharpness[:, None] * affinity.masked_fill(affinity == float("-inf"), torch.finfo(affinity.dtype).min / 1e4)
     shares = F.softmax(F.pad(logits, (0, 1)), dim=-1)[..., :-1]
     return slot_weights + gain[:, None] * shares

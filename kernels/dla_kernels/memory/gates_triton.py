@@ -1,11 +1,9 @@
 """Read weights in Triton: by old slot for mixing, through soft gates, and by content (docs/dla.md 2.5, 2.6 and 5).
 
-Weights are [B, T, H, S] float32 by recency rank. Every kernel works on the rows of one block of tokens and writes each
-element once; what crosses chunks (a gate is read by every later token) is summed per chunk and then chunk by chunk in a
-fixed order, never by atomics.
+Weights are [B, T, H, S] float32 by recency rank. A program owns the rows of a block of tokens; what it needs by rank
+(the gates p) it first puts into rows of its own output. What crosses chunks, a gate being read by every later token, is
+summed per chunk and then chunk by chunk in a fixed order, never by atomics.
 """
-
-# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def add_slot_weight_gradients_kernel(
         m_reads = tl.load(p_start + i_edge * S + i_s) >= b_d
         b_dw = tl.load(p_slot + i_s * C, mask=m_reads, other=0.0)
         b_acc += tl.where(tl.minimum(b_rank, S - 1)[:, None] == o_r[None, :], b_dw[:, None], 0.0)
-        b_rank += (m_reads & (tl.load(p_death + i_edge * S + i_s) > b_t)).to(tl.int32)
+        b_rank += (tl.load(p_death + i_edge * S + i_s) > b_t).to(tl.int32)
     p_row = p_d_weights + chunk_row(i_bh, i_n, T, H, S, C) + (o_t[:, None] * (H * S) + o_r[None, :])
     m_row = m_t[:, None] & (o_r < S)[None, :]
     tl.store(p_row, tl.load(p_row, mask=m_row, other=0.0) + b_acc, mask=m_row)

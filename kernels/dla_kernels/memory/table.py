@@ -56,7 +56,12 @@ class SlotTable:
 def slot_table(plan: MemoryPlan, chunk: int) -> SlotTable:
     """The table of `plan` for chunks of `chunk` tokens; derived once and kept with the plan."""
     if chunk not in plan.table_by_chunk:
-        plan.table_by_chunk[chunk] = _derive(plan, chunk)
+        if plan.boundary.device.type == "cpu":
+            plan.table_by_chunk[chunk] = _derive(plan, chunk)
+        else:
+            from dla_kernels.memory.table_triton import slot_table_triton
+
+            plan.table_by_chunk[chunk] = slot_table_triton(plan, chunk)
     return plan.table_by_chunk[chunk]
 
 

@@ -5,8 +5,6 @@ alive at t; old slot i that of in-chunk boundaries and of newer old slots alive 
 are given a document that starts at FAR, so that they see nothing and no mask has to follow them.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 import torch
