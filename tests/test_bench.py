@@ -6,14 +6,17 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dla_kernels.bench.inputs import TAU, boundary_rate, layer_inputs
+from dla_kernels.bench.measure import Stopwatch
 from dla_train.bench import cpu, training
 from dla_train.bench.__main__ import main
 from dla_train.bench.cpu import BACKBONES, SMALL, Timing, layer_seconds, measure_in_turn, table
 from dla_train.bench.render import kernels_page, render, training_page
-from dla_train.bench.training import ARMS, configuration, judge
+from dla_train.bench.training import ARMS, Trainer, configuration, judge, measure_steps
 from dla_train.config_rules import validate
+from dla_train.models import language_model
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +114,33 @@ def test_a_toy_run_trains_every_setting_and_records_it(tmp_path):
     assert {target["met"] for target in found["targets"].values()} == {None}
 
 
+def test_a_step_recomputes_where_it_should_and_moves_every_parameter(monkeypatch):
+    recomputed: list[object] = []
+
+    def counted(block, *inputs, **options):
+        recomputed.append(block)
+        return checkpoint(block, *inputs, **options)
+
+    monkeypatch.setattr(language_model, "checkpoint", counted)
+    trainer = Trainer(configuration("transformer_778m", "none", toy=True), torch.device("cpu"))
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    found = [measure_steps(trainer, 8, 2, recompute, 1, Stopwatch(torch.device("cpu"))) for recompute in (False, True)]
+    assert len(recomputed) == 2 * trainer.config.model.num_layers, "one step to warm up, one timed"
+    assert all(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    speed, milliseconds = (found[0][key]["median"] for key in ("tokens_per_second", "milliseconds"))
+    assert speed * milliseconds == pytest.approx(16 * 1000)
+
+
+def test_compiling_takes_one_step_of_one_layer(tmp_path, monkeypatch):
+    steps: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, context, rows: steps.append((len(self.model.blocks), context, rows))
+    )
+    assert main(["training", "--toy", "--device=cpu", f"--output={tmp_path}", "--compile=mamba2_780m/log_linear"]) == 0
+    assert steps == [(1, 256, 1)] and not list(tmp_path.iterdir())
+
+
 def test_an_arm_out_of_memory_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
     def measured(trainer, context, rows, recompute, steps, stopwatch):
         if not recompute:
@@ -152,7 +182,7 @@ def speeds(dla: float, single: float, transformer: float, gated: float = 0.6, **
             "rows": 1,
             "recompute": recompute,
             "status": "ok",
-            "tokens_per_second": {"median": speed, "least": speed, "most": speed},
+            "tokens_per_second": dict.fromkeys(("median", "least", "most"), speed if recompute else 7.0),
             "mfu": 0.31,
             "peak_bytes": 2**34,
             "boundary_rate": 0.75,

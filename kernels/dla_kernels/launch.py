@@ -164,17 +164,15 @@ def cdiv(a: int, b: int) -> int:
 def eager(function: Callable[P, R]) -> Callable[P, R]:
     """Marks functions that torch.compile leaves alone: they launch kernels by data that tracing cannot see."""
 
+    untraced: list[Callable[P, R]] = []
+
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Asked for when it is called: the compiler takes seconds to import, which `import dla_kernels` must not.
-        if "torch._dynamo" in sys.modules:
-            return _untraced(function)(*args, **kwargs)
-        return function(*args, **kwargs)
+        # Made when it is needed: the compiler takes seconds to import, which `import dla_kernels` must not.
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not untraced:
+            untraced.append(torch.compiler.disable(function))
+        return untraced[0](*args, **kwargs)
 
     return call
-
-
-@functools.cache
-def _untraced(function: Callable[P, R]) -> Callable[P, R]:
-    untraced: Callable[P, R] = torch.compiler.disable(function)
-    return untraced

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 TUNING: dict[str, dict[int, dict[str, int]]] = {
     # chunk operators
-    "chunk_decays": {80: {"num_warps": 4, "num_stages": 1}, 90: {"num_warps": 4, "num_stages": 1}},
+    "chunk_decays": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     "decays_backward": {80: {"num_warps": 4, "num_stages": 1}, 90: {"num_warps": 4, "num_stages": 1}},
     "write_matrix": {
         80: {"BK": 64, "num_warps": 4, "num_stages": 2},
@@ -69,6 +69,11 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         80: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
         90: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
     },
+    "boundary_lists": {
+        80: {"BX": 1024, "num_warps": 4, "num_stages": 1},
+        90: {"BX": 1024, "num_warps": 4, "num_stages": 1},
+    },
+    "capacity_walk": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     # slots and mixing
     "mixing_chunk": {80: {"C": 64}, 90: {"C": 128}},  # no kernel: tokens of a chunk
     "slot_versions": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},

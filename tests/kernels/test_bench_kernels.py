@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from dla_kernels.bench.layers import (
     core_arms,
     variant_arms,
 )
-from dla_kernels.bench.measure import Case, Stopwatch, kernel_times, matrix_rate, measure_in_turn, outcome
+from dla_kernels.bench.measure import Case, Stopwatch, kernel_times, matrix_rate, measure_in_turn, outcome, run_at_once
 from dla_kernels.bench.parts import PARTS, live_slots, mixing_flops, part_of, part_shares
 from dla_kernels.bench.schedule import schedule
 from dla_kernels.bench.session import PASSES, Budget, merged, write_json
@@ -160,13 +161,14 @@ def test_decoding_continues_a_prefill_of_the_context():
     assert caches[8].nbytes == caches[40].nbytes
     many = repeated(caches[40], 3)
     assert torch.equal(many.states[2], caches[40].states[0])
-    decoder = Decoder(shape, many, layer_inputs(shape, 3, 5, gradients=False))
-    outputs = []
+    tokens = layer_inputs(shape, 3, 5, gradients=False)
+    decoder = Decoder(shape, many, tokens)
+    before = many.key_sums.sum(2)
     for _ in range(2):
-        outputs.append(decoder.step())
+        assert decoder.step().shape == (3, shape.heads, shape.value_dim)
         decoder.next_token()
-    assert many.position.tolist() == [42, 42, 42] and outputs[0].shape == (3, shape.heads, shape.value_dim)
-    assert not torch.equal(outputs[0], outputs[1])
+    assert many.position.tolist() == [42, 42, 42]
+    assert_close("keys of two tokens", many.key_sums.sum(2) - before, tokens.k[:, 0] + tokens.k[:, 1])
 
 
 # How it is measured
@@ -199,7 +201,7 @@ def test_one_case_may_run_out_of_memory_or_fail_and_the_others_go_on():
     )
     records = [case.record for case in cases]
     assert [record["status"] for record in records] == ["out_of_memory", "failed", "ok"]
-    assert records[0]["detail"].endswith("Tried to allocate 90 GiB") and "milliseconds" not in records[0]
+    assert records[0]["detail"].endswith("Tried to allocate 90 GiB ... more") and "milliseconds" not in records[0]
     assert "launch failure" in records[1]["detail"]
     assert saved[0] == ["out_of_memory", "started", "started"], "written after every arm"
 
@@ -520,6 +522,18 @@ def test_compiling_processes_divide_the_arms_among_them(monkeypatch):
     for index in range(2):
         session.compile_one_of(options, index, 2)
     assert len(done) == len(set(done)) == 3 * 9
+
+
+def test_processes_run_side_by_side_and_a_late_one_is_stopped():
+    codes = ["pass", "raise SystemExit(3)", "import time; time.sleep(60)"]
+    done = run_at_once([[sys.executable, "-S", "-c", code] for code in codes], 1.0)
+    assert done == {"processes": 3, "failed": 1, "stopped": 1}
+
+
+def test_a_part_of_the_compiling_is_a_program_of_its_own(tmp_path, capsys):
+    arguments = ["--toy", "--device=cpu", f"--output={tmp_path}", "--arms=mamba2/single", "--compile-part=0/1"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir()), "it writes no results, and nothing failed"
 
 
 def test_without_a_gpu_the_default_device_is_refused_in_one_line(tmp_path, capsys, monkeypatch):

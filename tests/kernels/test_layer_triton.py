@@ -150,3 +150,14 @@ def test_float64_is_refused_by_name():
     case = make_case("mamba2")
     with pytest.raises(dk.BackendError, match="float64"):
         dk.plan_memory(*case.keys, tau=0.9, capacity=4, backend="triton")
+
+
+def test_a_compiled_function_leaves_the_kernels_alone():
+    (_, _), (case, weights) = inputs("gated_deltanet", "dla")
+    plan = dk.plan_memory(*case.map(torch.Tensor.detach).keys, **plan_options("dla"), backend="torch", chunk_size=CHUNK)
+
+    def doubled(*leaves):
+        return 2 * dk.dla_attention(*leaves, read_weights=weights, plan=plan, backend="triton")
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(doubled, backend="aot_eager")(*case.all), doubled(*case.all))

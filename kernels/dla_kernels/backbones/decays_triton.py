@@ -25,9 +25,9 @@ class ChunkDecays:
 
     cum: Tensor
     """G: since the chunk's or the token's document's start."""
-    end: Tensor
-    """G where the token's write ends to decay: the chunk's end (-inf for earlier documents), or, where closed slots are
-    frozen, its segment's."""
+    left: Tensor
+    """What a token's write has still to decay: to the chunk's end (-inf if another document comes first) or, where
+    closed slots are frozen, to its segment's."""
     segment: Tensor | None
     """int32: boundaries in the chunk up to the token, itself included; None unless closed slots are frozen."""
     decay: Tensor
@@ -57,14 +57,13 @@ def visible(p_start, i_n, T, C: tl.constexpr):
 
 
 @triton.jit
-def decay_table(p_cum, p_end, p_segment, i_c, m_sees, C: tl.constexpr):
+def decay_table(p_cum, p_left, p_segment, i_c, m_sees, C: tl.constexpr):
     """e^(G_r - G_j) [C, C] of chunk i_c, r where i reads j's write; 0 where i does not see j (m_sees)."""
     o_c = i_c * C + tl.arange(0, C)
     b_cum = tl.load(p_cum + o_c)
     b_log = b_cum[:, None] - b_cum[None, :]
     if p_segment is not None:
-        b_closed = tl.load(p_end + o_c) - b_cum
-        b_log = tl.where(same_segment(p_segment, i_c, C), b_log, b_closed[None, :])
+        b_log = tl.where(same_segment(p_segment, i_c, C), b_log, tl.load(p_left + o_c)[None, :])
     return tl.where(m_sees, tl.exp(tl.where(m_sees, b_log, 0.0)), 0.0)
 
 
@@ -103,15 +102,26 @@ def read_decay(p_cum, p_segment, p_decay, i_c, C: tl.constexpr):
 
 
 @triton.jit
-def end_decay(p_cum, p_end, i_c, C: tl.constexpr):
-    """[C] float32: e^(G_end - G) of chunk i_c."""
-    o_c = i_c * C + tl.arange(0, C)
-    return tl.exp(tl.load(p_end + o_c) - tl.load(p_cum + o_c))
+def end_decay(p_left, i_c, C: tl.constexpr):
+    """[C] float32: what is left of each token's write when chunk i_c, or its segment, ends."""
+    return tl.exp(tl.load(p_left + i_c * C + tl.arange(0, C)))
+
+
+@triton.jit
+def _join(a, a_resets, b, b_resets):
+    return tl.where(b_resets > 0, b, a + b), a_resets | b_resets
+
+
+@triton.jit
+def _sum_since(b, resets):
+    """Running sum [C] that starts anew where `resets` (int32) is 1: what came before cannot change its rounding."""
+    b_sum, _ = tl.associative_scan((b, resets), 0, _join)
+    return b_sum
 
 
 @triton.jit(do_not_specialize=["T", "H", "N"])
 def chunk_decays_kernel(
-    p_log_decay, p_start, p_boundary, p_cum, p_end, p_segment, p_decay, T, H, N,
+    p_log_decay, p_start, p_boundary, p_cum, p_left, p_segment, p_decay, T, H, N,
     C: tl.constexpr,
 ):  # fmt: skip
     """The four tensors of ChunkDecays, one chunk and head a program."""
@@ -122,33 +132,33 @@ def chunk_decays_kernel(
     i_o = (i_b * H + i_h) * N + i_n
     o_c = tl.arange(0, C)
     o_t = i_n * C + o_c
-    o_g = (i_b * T + o_t) * H + i_h
-    b_g = tl.load(p_log_decay + o_g, mask=o_t < T, other=0.0).to(tl.float32)
-    m_sees = visible(p_start + i_b * T, i_n, T, C)
-    b_cum = tl.sum(tl.where(m_sees, b_g[None, :], 0.0), 1)
+    p_g = p_log_decay + i_b * T * H + i_h
+    p_start += i_b * T
+    b_g = tl.load(p_g + o_t * H, mask=o_t < T, other=0.0).to(tl.float32)
+    b_cum = _sum_since(b_g, (tl.load(p_start + tl.minimum(o_t, T - 1)) == o_t).to(tl.int32))
+    tl.store(p_cum + i_o * C + o_c, b_cum)
+
+    # Backwards from the chunk's last token, each with the log-decay of the one after it.
+    o_r = C - 1 - o_c
+    o_t = i_n * C + o_r
+    m_next = (o_r < C - 1) & (o_t + 1 < T)
+    b_g_next = tl.load(p_g + (o_t + 1) * H, mask=m_next, other=0.0).to(tl.float32)
     if p_boundary is None:
         b_log = tl.sum(tl.where(o_c == C - 1, b_cum, 0.0), 0)
-        b_last_start = tl.load(p_start + i_b * T + tl.minimum(i_n * C + C - 1, T - 1))
-        b_end = tl.where(o_t >= b_last_start, b_log, float("-inf"))
+        b_ends = tl.load(p_start + o_t + 1, mask=m_next, other=-1) == o_t + 1
+        b_left = _sum_since(tl.where(b_ends, 0.0, b_g_next), b_ends.to(tl.int32))
+        b_last_start = tl.load(p_start + tl.minimum(i_n * C + C - 1, T - 1))
+        b_left = tl.where(o_t >= b_last_start, b_left, float("-inf"))
     else:
-        b_opens = tl.load(p_boundary + o_g, mask=o_t < T, other=0).to(tl.int32)
-        b_segment = tl.sum(tl.where(o_c[:, None] >= o_c[None, :], b_opens[None, :], 0), 1)
-        m_last = _is_segment_end(p_boundary, o_g, o_t, T, H, C)
-        m_end = (b_segment[:, None] == b_segment[None, :]) & m_last[None, :]
-        b_end = tl.sum(tl.where(m_end, b_cum[None, :], 0.0), 1)
-        b_log = tl.sum(tl.where(m_last & (b_segment == 0), b_cum, 0.0), 0)
+        o_g = i_b * T * H + i_h
+        b_opens = tl.load(p_boundary + o_g + (i_n * C + o_c) * H, mask=i_n * C + o_c < T, other=0).to(tl.int32)
+        b_segment = tl.cumsum(b_opens, 0)
         tl.store(p_segment + i_o * C + o_c, b_segment)
-    tl.store(p_cum + i_o * C + o_c, b_cum)
-    tl.store(p_end + i_o * C + o_c, b_end)
+        b_log = tl.sum(tl.where(b_segment == 0, b_g, 0.0), 0)
+        b_ends = tl.load(p_boundary + o_g + (o_t + 1) * H, mask=m_next, other=0).to(tl.int32)
+        b_left = _sum_since(tl.where(b_ends > 0, 0.0, b_g_next), b_ends)
+    tl.store(p_left + i_o * C + o_r, b_left)
     tl.store(p_decay + i_o, tl.exp(b_log))
-
-
-@triton.jit
-def _is_segment_end(p_boundary, o_g, o_t, T, H, C: tl.constexpr):
-    """[C] bool: the next token opens a segment or another chunk."""
-    o_c = tl.arange(0, C)
-    b_next = tl.load(p_boundary + o_g + H, mask=(o_c < C - 1) & (o_t + 1 < T), other=0).to(tl.int32)
-    return (o_c == C - 1) | (b_next > 0)
 
 
 @triton.jit
@@ -178,31 +188,36 @@ def decays_backward_kernel(
     o_g = (i_b * T + o_t) * H + i_h
     b_read = _sum_of(p_d_read, i_o * C + o_c, PARTS, entries, C)
     b_key = _sum_of(p_d_key, i_o * C + o_c, PARTS, entries, C)
+    m_last = o_c == C - 1
+    if p_boundary is not None:
+        m_next = (o_c < C - 1) & (o_t + 1 < T)
+        m_last = m_last | (tl.load(p_boundary + o_g + H, mask=m_next, other=0).to(tl.int32) > 0)
+    # What the last token writes does not decay: its two shares would cancel but for their rounding.
+    b_key = tl.where(m_last, 0.0, b_key)
     b_cum = _sum_of(p_d_cum, i_o * C + o_c, 1, entries, C) - b_key
     b_end = _sum_of(p_d_end, i_o * C + o_c, 1, entries, C) + b_key
     b_whole = 0.0
     if p_d_decay is not None:
         b_whole = tl.load(p_d_decay + i_o) * tl.load(p_decay + i_o)
     if p_segment is None:
-        b_cum += b_read + tl.where(o_c == C - 1, tl.sum(b_end, 0) + b_whole, 0.0)
+        b_cum += b_read + tl.where(m_last, tl.sum(b_end, 0) + b_whole, 0.0)
     else:
-        b_segment = tl.load(p_segment + i_o * C + o_c)
-        m_open = b_segment == 0
-        m_last = _is_segment_end(p_boundary, o_g, o_t, T, H, C)
+        m_open = tl.load(p_segment + i_o * C + o_c) == 0
         b_whole += tl.sum(tl.where(m_open, 0.0, b_read), 0)
-        b_ends = tl.sum(tl.where(b_segment[:, None] == b_segment[None, :], b_end[None, :], 0.0), 1)
-        b_cum += tl.where(m_open, b_read, 0.0) + tl.where(m_last, b_ends + tl.where(m_open, b_whole, 0.0), 0.0)
+        b_opens = tl.load(p_boundary + o_g, mask=o_t < T, other=0).to(tl.int32)
+        b_end = _sum_since(b_end, b_opens) + tl.where(m_open, b_whole, 0.0)
+        b_cum += tl.where(m_open, b_read, 0.0) + tl.where(m_last, b_end, 0.0)
     m_sees = visible(p_start + i_b * T, i_n, T, C)
     b_d = tl.sum(tl.where(m_sees, b_cum[:, None], 0.0), 0)
     tl.store(p_d_log_decay + o_g, b_d.to(p_d_log_decay.dtype.element_ty), mask=o_t < T)
 
 
 def settings_of(kernel: str, device: torch.device, chunk: int, key_dim: int) -> dict[str, int]:
-    """Pinned settings of a kernel for this chunk size and K: no wider tile than K, twice the warps for C = 128."""
+    """Pinned settings of a kernel for this chunk size and K: no wider tile than K, at least 8 warps for C = 128."""
     settings = tuning(kernel, device)
     return settings | {
         "BK": min(power_of_2(key_dim, 16), settings["BK"]),
-        "num_warps": settings["num_warps"] * max(1, chunk // 64),
+        "num_warps": max(settings["num_warps"], chunk // 16),
     }
 
 
@@ -211,14 +226,14 @@ def chunk_decays(log_decay: Tensor, document_start: Tensor, chunk: int, *, bound
     batch, tokens, heads = log_decay.shape
     chunks = cdiv(tokens, chunk)
     cum = log_decay.new_empty(batch, heads, chunks, chunk, dtype=torch.float32)
-    end, decay = torch.empty_like(cum), cum.new_empty(batch, heads, chunks)
+    left, decay = torch.empty_like(cum), cum.new_empty(batch, heads, chunks)
     segment = None if boundary is None else torch.empty_like(cum, dtype=torch.int32)
     launch(
         chunk_decays_kernel, (batch * chunks * heads,),
-        log_decay, document_start, boundary, cum, end, segment, decay, tokens, heads, chunks,
+        log_decay, document_start, boundary, cum, left, segment, decay, tokens, heads, chunks,
         C=chunk, **tuning("chunk_decays", log_decay.device),
     )  # fmt: skip
-    return ChunkDecays(cum, end, segment, decay)
+    return ChunkDecays(cum, left, segment, decay)
 
 
 def decays_backward(

@@ -95,7 +95,7 @@ def _row_products(p_a, p_x, m_t, row, K: tl.constexpr, C: tl.constexpr, BK: tl.c
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N"])
 def gated_mixing_backward_kernel(
-    p_q, p_k, p_beta, p_start, p_cum, p_end, p_segment, p_decay, p_x, p_mixing, p_d_mixing, p_d_query,
+    p_q, p_k, p_beta, p_start, p_cum, p_left, p_segment, p_decay, p_x, p_mixing, p_d_mixing, p_d_query,
     p_d_scores, p_d_matrix, p_d_cum, p_d_end, p_d_read, scale, T, H, HK, N,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,8 @@ def gated_mixing_backward_kernel(
     if p_d_mixing is not None:
         b_w = tl.load(p_d_mixing + i_c * C * C + o_tile).to(tl.float32)
         b_dm += b_w
-        b_w *= b_m
+        # An entry's own token reads it before it decays: its two shares would cancel but for their rounding.
+        b_w = tl.where(o_c[:, None] == o_c[None, :], 0.0, b_w * b_m)
         m_same = same_segment(p_segment, i_c, C)
         b_d_cum += tl.sum(tl.where(m_same, b_w, 0.0), 1) - tl.sum(b_w, 0)
         b_d_end += tl.sum(tl.where(m_same, 0.0, b_w), 0)
@@ -140,7 +141,7 @@ def gated_mixing_backward_kernel(
     tl.store(p_d_read + i_c * C + o_c, b_d_read)
 
     b_dm = b_dm.to(dtype)
-    b_decay = decay_table(p_cum, p_end, p_segment, i_c, visible(p_start + i_b * T, i_n, T, C), C) * scale
+    b_decay = decay_table(p_cum, p_left, p_segment, i_c, visible(p_start + i_b * T, i_n, T, C), C) * scale
     b_a = scores_of(p_q + i_in, p_k + i_in, m_t, row, K, C, BK, PRECISION) * b_decay
     tl.store(p_d_scores + o_tile, b_a.to(dtype))
     b_beta = tl.load(p_beta + (i_b * T + o_t) * H + i_h, mask=m_t, other=0.0).to(tl.float32)
@@ -155,7 +156,7 @@ def gated_mixing_backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N"])
 def gated_matrix_backward_kernel(
-    p_k, p_beta, p_start, p_cum, p_end, p_segment, p_x, p_d_matrix, p_d_key_end, p_d_erase, p_d_restore,
+    p_k, p_beta, p_start, p_cum, p_left, p_segment, p_x, p_d_matrix, p_d_key_end, p_d_erase, p_d_restore,
     p_d_gram, p_d_beta, p_d_cum, p_d_key, T, H, HK, N,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +181,7 @@ def gated_matrix_backward_kernel(
     b_dt = tl.zeros([C, C], tl.float32)
     b_d_key = tl.zeros([C], tl.float32)
     b_open = entered_open(p_segment, i_c, C)
-    b_end = end_decay(p_cum, p_end, i_c, C)
+    b_end = end_decay(p_left, i_c, C)
     if p_d_erase is not None:
         b_dt = _outer(p_d_erase + i_out, p_k, m_t, row, K, C, BK, PRECISION)
         b_dt *= b_open[:, None] * (start_decay(p_cum, i_c, C) * b_open)[None, :]
@@ -207,7 +208,7 @@ def gated_matrix_backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N"])
 def gated_inputs_kernel(
-    p_q, p_k, p_beta, p_cum, p_end, p_segment, p_decay, p_x, p_mixing, p_d_scores, p_d_gram,
+    p_q, p_k, p_beta, p_cum, p_left, p_segment, p_decay, p_x, p_mixing, p_d_scores, p_d_gram,
     p_d_query_closed, p_d_query_open, p_d_key_end, p_d_erase, p_d_restore, p_dq, p_dk, scale, T, H, HK, N,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +257,7 @@ def gated_inputs_kernel(
         b_left = tl.dot(b_t, b_g, b_left, input_precision=PRECISION)
     if p_d_restore is not None:
         b_left += b_open[:, None] * tl.load(p_d_restore + o_out, mask=m_k, other=0.0).to(tl.float32)
-    b_dk += end_decay(p_cum, p_end, i_c, C)[:, None] * b_left
+    b_dk += end_decay(p_left, i_c, C)[:, None] * b_left
     b_q = tl.load(p_q + o_in, mask=m_in, other=0.0)
     b_dk = tl.dot(tl.load(p_d_scores + o_turned), b_q, b_dk, input_precision=PRECISION)
     b_gram = tl.load(p_d_gram + o_tile).to(tl.float32) + tl.load(p_d_gram + o_turned).to(tl.float32)
@@ -285,13 +286,13 @@ def gated_backward(
     sizes = {"K": key_dim, "C": chunk, "PRECISION": dot_precision(q.dtype)}
     launch(
         gated_mixing_backward_kernel, (batch * chunks * heads,),
-        q, k, beta, document_start, decays.cum, decays.end, decays.segment, decays.decay, inverse, mixing,
+        q, k, beta, document_start, decays.cum, decays.left, decays.segment, decays.decay, inverse, mixing,
         grads.mixing, grads.query_open, d_scores, d_matrix, d_cum, d_end, d_read, scale,
         tokens, heads, key_heads, chunks, **sizes, **settings_of("gated_mixing_backward", q.device, chunk, key_dim),
     )  # fmt: skip
     launch(
         gated_matrix_backward_kernel, (batch * chunks * heads,),
-        k, beta, document_start, decays.cum, decays.end, decays.segment, inverse, d_matrix,
+        k, beta, document_start, decays.cum, decays.left, decays.segment, inverse, d_matrix,
         grads.key_end, grads.erase, grads.restore, d_gram, d_beta, d_cum, d_key,
         tokens, heads, key_heads, chunks, **sizes, **settings_of("gated_matrix_backward", q.device, chunk, key_dim),
     )  # fmt: skip
@@ -300,7 +301,7 @@ def gated_backward(
     settings = settings_of("gated_inputs", q.device, chunk, key_dim)
     launch(
         gated_inputs_kernel, (batch * chunks * heads * cdiv(key_dim, settings["BK"]),),
-        q, k, beta, decays.cum, decays.end, decays.segment, decays.decay, inverse, mixing, d_scores, d_gram,
+        q, k, beta, decays.cum, decays.left, decays.segment, decays.decay, inverse, mixing, d_scores, d_gram,
         grads.query_closed, grads.query_open, grads.key_end, grads.erase, grads.restore, dq, dk, scale,
         tokens, heads, key_heads, chunks, **sizes, **settings,
     )  # fmt: skip

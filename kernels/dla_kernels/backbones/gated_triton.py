@@ -33,7 +33,7 @@ from dla_kernels.launch import dot_precision, launch
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N"])
 def gated_operators_kernel(
-    p_q, p_k, p_beta, p_start, p_cum, p_end, p_segment, p_decay, p_x,
+    p_q, p_k, p_beta, p_start, p_cum, p_left, p_segment, p_decay, p_x,
     p_mixing, p_query_closed, p_query_open, p_key_end, p_erase, p_restore, scale, T, H, HK, N,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HALVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,10 +53,10 @@ def gated_operators_kernel(
     b_beta = tl.load(p_beta + (i_b * T + o_t) * H + i_h, mask=m_t, other=0.0).to(tl.float32)
     b_open = entered_open(p_segment, i_c, C)
     b_start = start_decay(p_cum, i_c, C) * b_open
-    b_end = end_decay(p_cum, p_end, i_c, C)
+    b_end = end_decay(p_left, i_c, C)
 
     b_a = scores_of(p_q + i_in, p_k + i_in, m_t, row, K, C, BK, PRECISION)
-    b_a *= decay_table(p_cum, p_end, p_segment, i_c, visible(p_start + i_b * T, i_n, T, C), C) * scale
+    b_a *= decay_table(p_cum, p_left, p_segment, i_c, visible(p_start + i_b * T, i_n, T, C), C) * scale
     b_t = tl.load(p_x + o_c[:, None] * C + o_c[None, :]) * b_beta[None, :]
     b_m = tl.dot(b_a, b_t, input_precision=PRECISION)
     tl.store(p_mixing + i_c * C * C + o_c[:, None] * C + o_c[None, :], b_m.to(dtype))
@@ -104,7 +104,7 @@ def gated_operators(
     closed = None if decays.segment is None else torch.empty_like(query)
     launch(
         gated_operators_kernel, (batch * chunks * heads,),
-        q, k, beta, document_start, decays.cum, decays.end, decays.segment, decays.decay, inverse,
+        q, k, beta, document_start, decays.cum, decays.left, decays.segment, decays.decay, inverse,
         mixing, closed, query, key_end, erase, restore, scale, tokens, heads, key_heads, chunks,
         K=key_dim, C=chunk, HALVES=q.dtype != torch.float32, PRECISION=dot_precision(q.dtype),
         **settings_of("gated_operators", q.device, chunk, key_dim),

@@ -44,7 +44,7 @@ def scores_of(p_q, p_k, m_t, row, K: tl.constexpr, C: tl.constexpr, BK: tl.const
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N", "BLOCKS"])
 def mamba2_operators_kernel(
-    p_q, p_k, p_start, p_cum, p_end, p_segment, p_decay, p_mixing, p_query_closed, p_query_open, p_key_end, scale,
+    p_q, p_k, p_start, p_cum, p_left, p_segment, p_decay, p_mixing, p_query_closed, p_query_open, p_key_end, scale,
     T, H, HK, N, BLOCKS,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def mamba2_operators_kernel(
     o_tile = o_c[:, None] * C + o_c[None, :]
     for i in range(heads):
         i_c = i_first + tl.cast(i, tl.int64) * N
-        b_m = b_s * decay_table(p_cum, p_end, p_segment, i_c, m_sees, C)
+        b_m = b_s * decay_table(p_cum, p_left, p_segment, i_c, m_sees, C)
         tl.store(p_mixing + i_c * C * C + o_tile, b_m.to(p_mixing.dtype.element_ty))
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
@@ -78,7 +78,7 @@ def mamba2_operators_kernel(
             i_c = i_first + tl.cast(i, tl.int64) * N
             o_out = i_c * C * K + o_c[:, None] * K + o_k[None, :]
             b_read = read_decay(p_cum, p_segment, p_decay, i_c, C)
-            b_end = end_decay(p_cum, p_end, i_c, C)
+            b_end = end_decay(p_left, i_c, C)
             tl.store(p_query_open + o_out, (b_read[:, None] * b_q).to(p_query_open.dtype.element_ty), mask=m_k)
             tl.store(p_key_end + o_out, (b_end[:, None] * b_k).to(p_key_end.dtype.element_ty), mask=m_k)
             if p_query_closed is not None:
@@ -87,7 +87,7 @@ def mamba2_operators_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N", "BLOCKS"])
 def mamba2_scores_backward_kernel(
-    p_q, p_k, p_start, p_cum, p_end, p_segment, p_d_mixing, p_d_scores, p_d_cum, p_d_end, scale,
+    p_q, p_k, p_start, p_cum, p_left, p_segment, p_d_mixing, p_d_scores, p_d_cum, p_d_end, scale,
     T, H, HK, N, BLOCKS,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,9 +111,10 @@ def mamba2_scores_backward_kernel(
     for i in range(heads):
         i_c = i_first + tl.cast(i, tl.int64) * N
         b_dm = tl.load(p_d_mixing + i_c * C * C + o_tile).to(tl.float32)
-        b_dm *= decay_table(p_cum, p_end, p_segment, i_c, m_sees, C) * scale
+        b_dm *= decay_table(p_cum, p_left, p_segment, i_c, m_sees, C) * scale
         b_d += b_dm
-        b_dm *= b_s
+        # An entry's own token reads it before it decays: its two shares would cancel but for their rounding.
+        b_dm = tl.where(o_c[:, None] == o_c[None, :], 0.0, b_dm * b_s)
         m_same = same_segment(p_segment, i_c, C)
         b_rows = tl.sum(tl.where(m_same, b_dm, 0.0), 1)
         tl.store(p_d_cum + i_c * C + o_c, b_rows - tl.sum(b_dm, 0))
@@ -123,7 +124,7 @@ def mamba2_scores_backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "N", "BLOCKS", "ENTRIES"])
 def mamba2_input_backward_kernel(
-    p_own, p_other, p_cum, p_end, p_segment, p_decay, p_d_scores, p_d_closed, p_d_decayed, p_d_log, p_d_own, scale,
+    p_own, p_other, p_cum, p_left, p_segment, p_decay, p_d_scores, p_d_closed, p_d_decayed, p_d_log, p_d_own, scale,
     T, H, HK, N, BLOCKS, ENTRIES,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, QUERY: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -159,7 +160,7 @@ def mamba2_input_backward_kernel(
             if QUERY:
                 b_g *= scale * read_decay(p_cum, p_segment, p_decay, i_c, C)[:, None]
             else:
-                b_g *= end_decay(p_cum, p_end, i_c, C)[:, None]
+                b_g *= end_decay(p_left, i_c, C)[:, None]
             b_d += b_g
             b_log += tl.sum(b_g * b_own, 1)
         tl.store(p_d_log + i_k * ENTRIES + i_c * C + o_c, b_log)
@@ -190,7 +191,7 @@ def mamba2_operators(
     blocks = cdiv(heads // key_heads, settings["HEADS"])
     launch(
         mamba2_operators_kernel, (batch * chunks * key_heads * blocks,),
-        q, k, document_start, decays.cum, decays.end, decays.segment, decays.decay, mixing, closed, query, key_end,
+        q, k, document_start, decays.cum, decays.left, decays.segment, decays.decay, mixing, closed, query, key_end,
         scale, tokens, heads, key_heads, chunks, blocks,
         K=key_dim, C=chunk, PRECISION=dot_precision(q.dtype), **settings,
     )  # fmt: skip
@@ -221,7 +222,7 @@ def mamba2_backward(
         scores_settings = _settings("mamba2_scores_backward", q, chunk, heads) | {"HEADS": settings["HEADS"]}
         launch(
             mamba2_scores_backward_kernel, (programs,),
-            q, k, document_start, decays.cum, decays.end, decays.segment, d_mixing, d_scores, d_cum, d_end, scale,
+            q, k, document_start, decays.cum, decays.left, decays.segment, d_mixing, d_scores, d_cum, d_end, scale,
             k.shape[1], heads, key_heads, chunks, blocks,
             K=k.shape[3], C=chunk, PRECISION=dot_precision(q.dtype), **scores_settings,
         )  # fmt: skip
@@ -237,7 +238,7 @@ def mamba2_backward(
         d_log = decays.cum.new_empty(tiles, *decays.cum.shape)
         launch(
             mamba2_input_backward_kernel, (programs * tiles,),
-            own, other, decays.cum, decays.end, decays.segment, decays.decay, d_scores, d_closed, d_decayed, d_log,
+            own, other, decays.cum, decays.left, decays.segment, decays.decay, d_scores, d_closed, d_decayed, d_log,
             d_own, scale, tokens, heads, key_heads, chunks, blocks, decays.cum.numel(),
             K=key_dim, C=chunk, QUERY=query, PRECISION=dot_precision(own.dtype), **settings,
         )  # fmt: skip

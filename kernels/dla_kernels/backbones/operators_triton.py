@@ -74,7 +74,7 @@ class _Operators(torch.autograd.Function):
             matrix = inverse(k, beta, start, decays, with_beta=False)
             mixing, closed, query, key_end, erase, restore = gated_operators(q, k, beta, start, decays, matrix, scale)
         saved = (q, k, log_decay, beta, start, boundary, matrix, None if beta is None else mixing)
-        ctx.save_for_backward(*saved, decays.cum, decays.end, decays.segment, decays.decay)
+        ctx.save_for_backward(*saved, decays.cum, decays.left, decays.segment, decays.decay)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         return mixing, closed, query, key_end, erase, restore, decays.decay

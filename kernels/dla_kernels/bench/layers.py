@@ -26,7 +26,7 @@ from dla_kernels import (
     slot_affinity,
 )
 from dla_kernels.bench.inputs import LayerInputs, Shape
-from dla_kernels.bench.measure import first_line
+from dla_kernels.bench.measure import brief
 
 CAPACITIES = (30, 8)
 """K of the dynamic memories."""
@@ -241,7 +241,7 @@ def fla_state(device: torch.device) -> str:
     try:
         fla_operations()
     except ImportError as error:
-        return f"not measured: {first_line(error)}"
+        return f"not measured: {brief(error)}"
     return str(getattr(importlib.import_module("fla"), "__version__", "of unknown version"))
 
 

@@ -86,10 +86,10 @@ class Stopwatch:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def release(self) -> None:
-        """Give back what a failed call left behind."""
+        """Give back what a failed call left behind; a broken CUDA context has nothing to give."""
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            outcome(torch.cuda.empty_cache)
 
 
 def summary(rounds: list[float]) -> dict[str, Any]:
@@ -156,16 +156,17 @@ def outcome(run: Run) -> tuple[str, str]:
     try:
         run()
     except torch.OutOfMemoryError as error:
-        return "out_of_memory", first_line(error)
+        return "out_of_memory", brief(error)
     except FAILURES as error:
-        return "failed", first_line(error)
+        return "failed", brief(error)
     return "ok", ""
 
 
-def first_line(error: Exception) -> str:
-    """Type and first line of an error, for a record."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+def brief(error: Exception) -> str:
+    """Type and message of an error, for a record; of a long message the first line and the last."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    shown = lines if len(lines) == 1 else [lines[0][:200], lines[-1]]
+    return f"{type(error).__name__}: {' ... '.join(shown)}"[:500]
 
 
 def is_lost(device: torch.device) -> bool:
@@ -243,5 +244,21 @@ def clocks() -> Mapping[str, str] | str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError) as error:
-        return first_line(error)
+        return brief(error)
     return dict(zip(QUERIED, (value.strip() for value in done.stdout.split(",")), strict=False))
+
+
+def run_at_once(commands: list[list[str]], seconds: float) -> dict[str, int]:
+    """Run processes side by side for at most `seconds`; how many there were, failed, and were stopped."""
+    ends = time.monotonic() + seconds
+    running = [subprocess.Popen(command) for command in commands]
+    stopped = 0
+    for process in running:
+        try:
+            process.wait(timeout=max(0.1, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            stopped += 1
+    failed = sum(process.returncode != 0 for process in running) - stopped
+    return {"processes": len(running), "failed": failed, "stopped": stopped}

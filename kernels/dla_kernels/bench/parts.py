@@ -18,7 +18,7 @@ from dla_kernels.plan import MemoryPlan
 
 SLOTS = ("slots", ("slot_table", "token_death"))
 PARTS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "plan": (("merges", ("merge",)), ("drift", ("drift", "chunk_decays", "write_matrix"))),
+    "plan": (("merges", ("merge", "boundary_lists", "capacity")), ("drift", ("drift", "chunk_decays", "write_matrix"))),
     "affinity": (SLOTS, ("affinity", ("affinity", "key_sums"))),
     "weights": (SLOTS, ("weights", ("content_weights", "gate"))),
     "mixing": (

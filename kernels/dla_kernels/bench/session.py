@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from dla_kernels.bench.measure import (
     matrix_rate,
     measure_in_turn,
     outcome,
+    run_at_once,
 )
 from dla_kernels.bench.parts import against_matrix_rate, measure_parts
 from dla_kernels.bench.schedule import BATCH_1_FROM, Job, schedule
@@ -317,6 +316,8 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 COMPILE_TOKENS = 256
+COMPILE_SHARE = 0.4
+"""Most of a run's time that compiling beforehand may take."""
 
 
 def compile_one_of(options: Options, index: int, workers: int) -> None:
@@ -344,29 +345,11 @@ def _run_once(options: Options, arm: Arm, shape: Shape, inputs: LayerInputs) -> 
 
 
 def compile_beforehand(options: Options, budget: Budget) -> dict[str, Any]:
-    """Fill Triton's cache by `options.workers` processes at once, in at most 40% of the time."""
-    limit = 0.4 * 60 * options.minutes
+    """Fill Triton's cache by `options.workers` processes at once, in at most COMPILE_SHARE of the time."""
     command = [sys.executable, "-m", "dla_kernels.bench", f"--device={options.device}", f"--tokens={options.tokens}"]
-    command += ["--arms", ",".join(options.patterns)] if options.patterns else []
-    command += ["--backend", options.backend] if options.backend else []
-    command += ["--lengths", ",".join(map(str, options.lengths))]
+    command += [f"--lengths={','.join(map(str, options.lengths))}", f"--arms={','.join(options.patterns)}"]
+    command += [f"--backend={options.backend}"] if options.backend else []
     command += ["--toy"] if options.toy else []
-    running = [
-        subprocess.Popen([*command, f"--compile-part={index}/{options.workers}"], env=os.environ)
-        for index in range(options.workers)
-    ]
-    late = 0
-    for process in running:
-        try:
-            process.wait(timeout=max(0.1, limit - budget.elapsed))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            late += 1
-    codes = [process.returncode for process in running]
-    return {
-        "seconds": budget.elapsed,
-        "workers": options.workers,
-        "stopped": late,
-        "failed": sum(map(bool, codes)) - late,
-    }
+    commands = [[*command, f"--compile-part={index}/{options.workers}"] for index in range(options.workers)]
+    done = run_at_once(commands, COMPILE_SHARE * 60 * options.minutes)
+    return done | {"seconds": budget.elapsed}

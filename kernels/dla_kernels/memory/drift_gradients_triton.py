@@ -93,7 +93,7 @@ def _state_product(
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
-        p_tile = p_grad_v + ((i_b * T + i_n * C + o_c) * H + i_h)[:, None] * V + o_v[None, :]
+        p_tile = p_grad_v + (o_c[:, None] * (H * V) + o_v[None, :])
         b_read = tl.load(p_tile, mask=m_t[:, None] & (o_v < V)[None, :], other=0.0)
         b_x = b_m[:, None] * b_v + 2 * b_r[:, None] * b_read
         b_s = state_tile(p_states, i_o, o_k[None, :], o_v[:, None], K, V)
@@ -116,13 +116,16 @@ def drift_gradients_kernel(
     o_c = tl.arange(0, C)
     o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
     o_l = o_t - C
-    m_l = (o_l >= 0) & (o_l < T)
+    m_l = o_l >= 0
     b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
     b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
     b_kk = tl.load(p_terms + (i_o * TERMS + KEY_NORM) * C + o_c)
     b_vv = tl.load(p_terms + (i_o * TERMS + VALUE_NORM) * C + o_c)
-    p_key = p_k + (i_b * T * HK + i_h // (H // HK)) * K
-    p_value = p_v + (i_b * T * H + i_h) * V
+    p_key = p_k + ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+    p_value = p_v + ((i_b * T + i_n * C) * H + i_h) * V
+
+    p_grad_k += ((i_b * T + i_n * C) * H + i_h) * K
+    p_grad_v += ((i_b * T + i_n * C) * H + i_h) * V
 
     b_opens = tl.load(p_boundary + i_bh * T + o_t, mask=m_t, other=0).to(tl.int32)
     b_segment = tl.sum(tl.where(o_c[:, None] >= o_c[None, :], b_opens[None, :], 0), 1)
@@ -136,22 +139,22 @@ def drift_gradients_kernel(
     m_across = (m_entered & m_t)[:, None] & (o_c >= i_newest)[None, :]
 
     if GATED:
-        b_recall = tl.load(p_recall + (i_o * C + o_c)[:, None] * C + o_c[None, :])
+        b_recall = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
         b_recall = tl.where(m_open, b_recall, 0.0)
     else:
-        b_recall = row_products(p_key, p_key, o_t, o_t, m_t, m_t, HK * K, K, BK, C, PRECISION) * b_decay
+        b_recall = row_products(p_key, p_key, m_t, m_t, HK * K, K, BK, C, PRECISION) * b_decay
     b_past = tl.zeros([C, C], tl.float32)
     b_to_end = tl.zeros([C], tl.float32)
     if i_newest >= 0:
         b_state_norm = tl.load(p_terms + (i_e * TERMS + END_NORM) * C + i_newest)
         if GATED:
             b_past = row_products(
-                p_key_open, p_key_end, i_o * C + o_c, i_e * C + o_c, m_l, m_l, K, K, BK, C, PRECISION
+                p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION
             )
         else:
             b_past_cum = tl.load(p_terms + (i_e * TERMS + CUM) * C + o_c)
             _, b_to_end = chunk_end(p_start, b_past_cum, o_l, i_b, i_n - 1, T, C)
-            b_past = row_products(p_key, p_key, o_t, o_l, m_t, m_l, HK * K, K, BK, C, PRECISION)
+            b_past = row_products(p_key, p_key - C * HK * K, m_t, m_l, HK * K, K, BK, C, PRECISION)
             b_past *= tl.exp(b_cum - b_g)[:, None] * b_to_end[None, :]
         b_past = tl.where(m_across, b_past, 0.0)
     else:
@@ -176,7 +179,7 @@ def drift_gradients_kernel(
             b_read += tl.where(m_entered[:, None], b_entry, 0.0)
         b_matched += tl.sum(b_read * b_v, 1)
         b_recalled += tl.sum(b_read * b_read, 1)
-        p_tile = p_grad_v + ((i_b * T + o_t) * H + i_h)[:, None] * V + o_v[None, :]
+        p_tile = p_grad_v + (o_c[:, None] * (H * V) + o_v[None, :])
         tl.store(p_tile, b_read, mask=m_t[:, None] & (o_v < V)[None, :])
         if UPDATE:
             b_vt = value_tile(p_v, i_b, i_h, i_n, o_v[:, None], o_c[None, :], T, H, V, C)
@@ -198,11 +201,11 @@ def drift_gradients_kernel(
     b_ar = tl.where(m_scored, b_ar, 0.0)
 
     # x_t . v_l, of the chunk's own tokens and of those before
-    b_inner = b_am[:, None] * row_products(p_value, p_value, o_t, o_t, m_t, m_t, H * V, V, BV, C, PRECISION) + (
+    b_inner = b_am[:, None] * row_products(p_value, p_value, m_t, m_t, H * V, V, BV, C, PRECISION) + (
         2 * b_ar[:, None] * b_inner
     )
     if i_newest >= 0:
-        b_across = row_products(p_value, p_value, o_t, o_l, m_t, m_l, H * V, V, BV, C, PRECISION)
+        b_across = row_products(p_value, p_value - C * H * V, m_t, m_l, H * V, V, BV, C, PRECISION)
         b_inner_past = tl.where(m_across, b_am[:, None] * b_across + 2 * b_ar[:, None] * b_inner_past, 0.0)
     tl.debug_barrier()
     b_erased = tl.zeros([C, C], tl.float32)
@@ -219,7 +222,7 @@ def drift_gradients_kernel(
                 p_v, p_grad_v, p_states, b_am, b_ar, m_t, i_b, i_h, i_n, i_o, o_k, T, H, K, V, C, BK, BV, PRECISION
             )
             b_sx = tl.where(m_entered[:, None], b_sx, 0.0)
-        p_tile = p_grad_k + ((i_b * T + o_t) * H + i_h)[:, None] * K + o_k[None, :]
+        p_tile = p_grad_k + (o_c[:, None] * (H * K) + o_k[None, :])
         tl.store(p_tile, b_sx, mask=m_t[:, None] & (o_k < K)[None, :])
         if GATED:
             b_kt = key_tile(p_k, None, 1.0, i_bh, i_b, i_h, i_n, i_o, o_k[:, None], o_c[None, :], T, H, HK, K, C)
@@ -227,14 +230,14 @@ def drift_gradients_kernel(
     if GATED:
         b_inner -= tl.where((b_segment == 0)[None, :], tl.exp(b_cum)[None, :] * b_erased, 0.0)
         i_m = i_bh * chunks + i_n - first_chunk
-        b_matrix_t = tl.load(p_matrix + i_m * C * C + o_c[None, :] * C + o_c[:, None])
+        b_matrix_t = tl.load(p_matrix + i_m * C * C + (o_c[None, :] * C + o_c[:, None]))
         b_matrix_t = tl.where(b_segment[None, :] == b_segment[:, None], b_matrix_t, 0.0)
         b_inner = tl.dot(b_inner, b_matrix_t, input_precision=PRECISION)
     b_inner *= b_decay
     tl.debug_barrier()
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
-        p_tile = p_grad_k + ((i_b * T + o_t) * H + i_h)[:, None] * K + o_k[None, :]
+        p_tile = p_grad_k + (o_c[:, None] * (H * K) + o_k[None, :])
         m_tile = m_t[:, None] & (o_k < K)[None, :]
         b_key = key_tile(p_k, None, 1.0, i_bh, i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None], T, H, HK, K, C)
         b_sx = tl.exp(b_cum - b_g)[:, None] * tl.load(p_tile, mask=m_tile, other=0.0)
@@ -242,7 +245,7 @@ def drift_gradients_kernel(
         tl.store(p_tile, b_sx + tl.where(m_scored, 2 * b_ak, 0.0)[:, None] * b_key, mask=m_tile)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        p_tile = p_grad_v + ((i_b * T + o_t) * H + i_h)[:, None] * V + o_v[None, :]
+        p_tile = p_grad_v + (o_c[:, None] * (H * V) + o_v[None, :])
         m_tile = m_t[:, None] & (o_v < V)[None, :]
         b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
         b_read = b_am[:, None] * tl.load(p_tile, mask=m_tile, other=0.0)

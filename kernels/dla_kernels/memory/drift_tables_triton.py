@@ -128,12 +128,13 @@ def diagonal(b_x, C: tl.constexpr):
 
 
 @triton.jit
-def recalled_norm(b_recall, b_values, b_vv, C: tl.constexpr, PRECISION: tl.constexpr):
-    """|sum_{l >= a} recall[t, l] v_l|^2 [t, a], b_values = v v^T and b_vv = |v|^2 of the tokens l."""
+def recalled_norm(b_recall, b_values, b_vv, b_others, C: tl.constexpr, PRECISION: tl.constexpr):
+    """|r_a|^2 + 2 r_a . z [t, a] of r_a = sum_{l >= a} recall[t, l] v_l, with b_values = v v^T and b_vv = |v|^2 of the
+    tokens l, and b_others = z . v_l [t, l]."""
     o_c = tl.arange(0, C)
     b_later = tl.where(o_c[:, None] > o_c[None, :], b_values, 0.0)
-    b_cross = tl.dot(b_recall, b_later, input_precision=PRECISION)
-    return tl.cumsum(b_recall * (2 * b_cross + b_recall * b_vv[None, :]), 1, reverse=True)
+    b_others = tl.dot(b_recall, b_later, b_others, input_precision=PRECISION)
+    return tl.cumsum(b_recall * (2 * b_others + b_recall * b_vv[None, :]), 1, reverse=True)
 
 
 @triton.jit
@@ -217,7 +218,7 @@ def drift_tables_kernel(
     b_matched = tl.cumsum(b_recall * b_values, 1, reverse=True)
     b_recalled = b_matched
     if GATED:
-        b_recalled = recalled_norm(b_recall, b_values, b_vv, C, PRECISION)
+        b_recalled = recalled_norm(b_recall, b_values, b_vv, tl.zeros_like(b_values), C, PRECISION)
     b_gain = norm_gain(
         b_matched, b_recalled, b_g[:, None], b_erase[:, None], b_write[:, None], b_kk[:, None], b_vv[:, None], GATED
     )
@@ -290,10 +291,10 @@ def drift_links_kernel(
     b_recalled = b_matched
     if GATED:
         b_own = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
-        b_mixed = tl.dot(b_own, b_across, input_precision=PRECISION)
+        b_others = tl.dot(b_own, b_across, input_precision=PRECISION)
         b_values = row_products(p_w, p_w, m_l, m_l, H * V, V, BV, C, PRECISION)
-        b_recalled = recalled_norm(b_recall, b_values, tl.load(p_past + VALUE_NORM * C), C, PRECISION)
-        b_recalled += tl.load(p_own + RECALLED * C)[:, None] + b_mixed
+        b_recalled = recalled_norm(b_recall, b_values, tl.load(p_past + VALUE_NORM * C), b_others, C, PRECISION)
+        b_recalled += tl.load(p_own + RECALLED * C)[:, None]
     b_gain = norm_gain(
         b_matched, b_recalled, b_g[:, None], b_erase[:, None], b_write[:, None], b_kk[:, None], b_vv[:, None], GATED
     )

@@ -63,26 +63,25 @@ def key_tile(
     o_k, o_c and b_factor are oriented by the caller, [1, BK] by [C, 1] or the other way round.
     """
     if p_keys is None:
-        o_t = i_n * C + o_c
-        p_tile = p_k + ((i_b * T + o_t) * HK + i_h // (H // HK)) * K + o_k
-        return b_factor * tl.load(p_tile, mask=(o_t < T) & (o_k < K), other=0.0).to(tl.float32)
+        p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+        m_tile = (o_c < T - i_n * C) & (o_k < K)
+        return b_factor * tl.load(p_k + (o_c * (HK * K) + o_k), mask=m_tile, other=0.0).to(tl.float32)
     else:
-        return tl.load(p_keys + (i_o * C + o_c) * K + o_k, mask=o_k < K, other=0.0)
+        return tl.load(p_keys + i_o * C * K + (o_c * K + o_k), mask=o_k < K, other=0.0)
 
 
 @triton.jit
 def value_tile(p_v, i_b, i_h, i_n, o_v, o_c, T, H, V: tl.constexpr, C: tl.constexpr):
     """Values in float32 of tokens o_c of chunk i_n, oriented by the caller."""
-    o_t = i_n * C + o_c
-    p_tile = p_v + ((i_b * T + o_t) * H + i_h) * V + o_v
-    return tl.load(p_tile, mask=(o_t < T) & (o_v < V), other=0.0).to(tl.float32)
+    p_v += ((i_b * T + i_n * C) * H + i_h) * V
+    m_tile = (o_c < T - i_n * C) & (o_v < V)
+    return tl.load(p_v + (o_c * (H * V) + o_v), mask=m_tile, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def state_tile(p_states, i_o, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
     """Entering state of the chunk at place i_o, oriented by the caller."""
-    p_tile = p_states + i_o * K * V + o_k * V + o_v
-    return tl.load(p_tile, mask=(o_k < K) & (o_v < V), other=0.0)
+    return tl.load(p_states + i_o * K * V + (o_k * V + o_v), mask=(o_k < K) & (o_v < V), other=0.0)
 
 
 @triton.jit
@@ -110,7 +109,7 @@ def enter_chunk(
                 T, H, HK, K, C,
             )  # fmt: skip
             b_s = tl.dot(b_key, b_v, input_precision=PRECISION)
-            p_tile = p_states + i_e * K * V + o_k[:, None] * V + o_v[None, :]
+            p_tile = p_states + i_e * K * V + (o_k[:, None] * V + o_v[None, :])
             tl.store(p_tile, b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
         tl.debug_barrier()
     b_cum = tl.load(p_terms + (i_e * TERMS + CUM) * C + o_c)
@@ -135,7 +134,7 @@ def enter_chunk(
         )  # fmt: skip
         b_s = tl.exp(b_end) * state_tile(p_states, i_e, o_k[:, None], o_v[None, :], K, V)
         b_s = tl.dot(b_key, b_v, b_s, input_precision=PRECISION)
-        p_tile = p_states + i_o * K * V + o_k[:, None] * V + o_v[None, :]
+        p_tile = p_states + i_o * K * V + (o_k[:, None] * V + o_v[None, :])
         tl.store(p_tile, b_s, mask=(o_k < K)[:, None] & (o_v < V)[None, :])
     tl.debug_barrier()
 
@@ -176,7 +175,7 @@ def score_entry(
         b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
         b_matched += tl.sum(b_read * b_v, 1)
         if GATED:
-            b_recall = tl.load(p_recall + (i_o * C + o_c)[:, None] * C + o_c[None, :])
+            b_recall = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
             b_own = tl.dot(b_recall, b_v, input_precision=PRECISION)
             b_recalled += tl.sum(b_read * (2 * b_own + b_read), 1)
     b_state_norm = tl.sum(b_squares, 0)
