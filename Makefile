@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu check bench bench-train clean
+.PHONY: help install quickstart test test-gpu check bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -49,6 +49,9 @@ bench: $(STAMP)  ## Measure speed side by side, the kernels too where there is a
 bench-train: $(STAMP)  ## Measure training steps of the paper's models on one GPU; writes docs/results/
 	$(BIN)/python -m dla_train.bench training
 	$(BIN)/python -m dla_train.bench render
+
+kernel-report: $(STAMP)  ## Compile every Triton kernel for sm80 and sm90 (no GPU needed); writes docs/results/
+	PYTHONPATH=kernels $(BIN)/python -m dla_kernels.build_report --output docs/results
 
 clean:  ## Remove build products and caches (keeps .venv, runs and data)
 	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ here and a line in `POLICIES`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ class _Request:
     backend: str
     score_gradients: bool
     document_start: Tensor
+    one_document: bool
+    """Whether every row is one whole document."""
 
     @property
     def positions(self) -> Tensor:
@@ -84,7 +87,7 @@ def plan_memory(
         v=v,
         log_decay=log_decay,
         beta=beta,
-        tau=torch.as_tensor(tau, dtype=torch.float32, device=device).expand(heads),
+        tau=_threshold(tau, heads, device),
         capacity=capacity,
         drift=drift,
         rule=capacity_rule,
@@ -96,6 +99,7 @@ def plan_memory(
         document_start=document_starts(
             cu_seqlens, batch, tokens, position=None if cache is None else cache.position, device=device
         ),
+        one_document=cu_seqlens is None and cache is None,
     )
     _check_cache(request, heads)
     found = _POLICY_DRIFT["single" if capacity == 1 else policy](request)
@@ -103,8 +107,7 @@ def plan_memory(
     if policy == "log_linear" and capacity > 1:
         merges = _fenwick_merges(request, carried)
     else:
-        merge = recurrent_merges if request.backend == "recurrent" else capacity_merges
-        merges = merge(
+        merges = _merging(request.backend)(
             found.boundary,
             found.score,
             request.document_start,
@@ -130,6 +133,33 @@ def plan_memory(
         carried_fill=carried[2],
         score_gradients=gradients,
     )
+
+
+def _threshold(tau: Tensor | float, heads: int, device: torch.device) -> Tensor:
+    """tau as [H] float32; a number is filled in on the device, since a copy would wait for it."""
+    if isinstance(tau, Tensor):
+        return tau.to(device=device, dtype=torch.float32).expand(heads)
+    return torch.full((heads,), float(tau), dtype=torch.float32, device=device)
+
+
+def _merging(backend: str) -> Callable[..., Merges]:
+    """The capacity rule of a backend."""
+    if backend == "recurrent":
+        return recurrent_merges
+    if backend == "torch":
+        return capacity_merges
+    from dla_kernels.memory.merging_triton import capacity_merges_triton
+
+    return capacity_merges_triton
+
+
+def _drift(backend: str) -> Callable[..., Drift]:
+    """The chunkwise planner of a backend."""
+    if backend == "torch":
+        return chunk_drift
+    from dla_kernels.memory.drift_triton import chunk_drift_triton
+
+    return chunk_drift_triton
 
 
 def check_choices(policy: str, drift: str, rule: str, capacity: int, interval: int) -> None:
@@ -189,7 +219,7 @@ def _dla(request: _Request) -> Drift:
         if not r.score_gradients:
             return found
         return Drift(found.score, found.boundary, _recurrent_score_gradients(r))
-    return chunk_drift(
+    return _drift(r.backend)(
         r.k,
         r.v,
         r.log_decay,
@@ -228,11 +258,18 @@ def _carried(
     return cache.slot_starts(), cache.scores, cache.fill
 
 
+def _longest_document(request: _Request) -> int:
+    """Tokens of the longest document; reads the device, unless shapes tell."""
+    if request.one_document:
+        return request.v.shape[1]
+    return 0 if request.v.is_meta else int(request.positions.max()) + 1
+
+
 def _fenwick_merges(request: _Request, carried: tuple[Tensor, Tensor, Tensor]) -> Merges:
     """log_linear: the boundary at position a > 0 dies at a + (lowest set bit of a), where its level carries over."""
     positions = request.positions
     most = 2 ** (request.capacity - 1)
-    longest = int(positions.max()) + 1
+    longest = _longest_document(request)
     if longest > most:
         raise ValueError(
             f"capacity={request.capacity} holds a log_linear memory of {most} tokens, the document has {longest}; "

@@ -57,7 +57,9 @@ def _partial_derivatives(
         b_erases = b_decay * b_erase
         b_m = b_root * b_write + b_half * 2 * b_decay * b_write * (1 - b_erase * b_kk)
         b_r = -b_root * b_erases - b_half * b_decay * b_erases * (2 - b_erase * b_kk)
-        b_k = b_half * (b_write * b_write * b_vv - 2 * b_erases * b_write * b_matched + b_erases * b_erases * b_recalled)
+        b_k = b_half * (
+            b_write * b_write * b_vv - 2 * b_erases * b_write * b_matched + b_erases * b_erases * b_recalled
+        )
         b_v = b_half * b_write * b_write * b_kk
         return b_m, b_r, b_k, b_v
     else:
@@ -148,9 +150,7 @@ def drift_gradients_kernel(
     if i_newest >= 0:
         b_state_norm = tl.load(p_terms + (i_e * TERMS + END_NORM) * C + i_newest)
         if GATED:
-            b_past = row_products(
-                p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION
-            )
+            b_past = row_products(p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION)
         else:
             b_past_cum = tl.load(p_terms + (i_e * TERMS + CUM) * C + o_c)
             _, b_to_end = chunk_end(p_start, b_past_cum, o_l, i_b, i_n - 1, T, C)

@@ -105,9 +105,7 @@ def drift_score(
 
 
 @triton.jit
-def row_products(
-    p_x, p_y, m_x, m_y, row, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr
-):
+def row_products(p_x, p_y, m_x, m_y, row, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """x y^T [C, C] float32 of the rows from p_x and p_y on, `row` elements apart; rows not in m_x, m_y count as 0."""
     o_r = tl.arange(0, C) * row
     b_xy = tl.zeros([C, C], tl.float32)
@@ -266,35 +264,36 @@ def drift_links_kernel(
     i_b, i_h, i_n, i_o = program_chunk(H, chunks, first_chunk, ring)
     i_e = (i_b * H + i_h) * ring + (i_n - 1) % ring
     o_c = tl.arange(0, C)
-    o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
-    o_l = o_t - C
+    o_t = i_n * C + o_c
+    m_t = o_t < T
     m_l = tl.full([C], True, tl.int1)
+    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+    p_v += ((i_b * T + i_n * C) * H + i_h) * V
+    p_w = p_v - C * H * V
+    # What a token needs of its own is loaded after the long products, which leave no registers to hold it.
+    b_across = row_products(p_v, p_w, m_t, m_l, H * V, V, BV, C, PRECISION)
+    if GATED:
+        b_values = row_products(p_w, p_w, m_l, m_l, H * V, V, BV, C, PRECISION)
+        b_recall = row_products(p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION)
+    else:
+        b_recall = row_products(p_k, p_k - C * HK * K, m_t, m_l, HK * K, K, BK, C, PRECISION)
+    o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
     b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
     p_own = p_terms + i_o * TERMS * C + o_c
     p_past = p_terms + i_e * TERMS * C + o_c
     b_cum = tl.load(p_own + CUM * C)
-    b_kk = tl.load(p_own + KEY_NORM * C)
-    b_vv = tl.load(p_own + VALUE_NORM * C)
-    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
-    p_v += ((i_b * T + i_n * C) * H + i_h) * V
-    p_w = p_v - C * H * V
-
-    if GATED:
-        b_recall = row_products(p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION)
-    else:
-        b_past_cum = tl.load(p_past + CUM * C)
-        _, b_to_end = chunk_end(p_start, b_past_cum, o_l, i_b, i_n - 1, T, C)
-        b_recall = row_products(p_k, p_k - C * HK * K, m_t, m_l, HK * K, K, BK, C, PRECISION)
+    if not GATED:
+        _, b_to_end = chunk_end(p_start, tl.load(p_past + CUM * C), o_t - C, i_b, i_n - 1, T, C)
         b_recall *= tl.exp(b_cum - b_g)[:, None] * b_to_end[None, :]
-    b_across = row_products(p_v, p_w, m_t, m_l, H * V, V, BV, C, PRECISION)
     b_matched = tl.load(p_own + MATCHED * C)[:, None] + tl.cumsum(b_recall * b_across, 1, reverse=True)
     b_recalled = b_matched
     if GATED:
         b_own = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
         b_others = tl.dot(b_own, b_across, input_precision=PRECISION)
-        b_values = row_products(p_w, p_w, m_l, m_l, H * V, V, BV, C, PRECISION)
         b_recalled = recalled_norm(b_recall, b_values, tl.load(p_past + VALUE_NORM * C), b_others, C, PRECISION)
         b_recalled += tl.load(p_own + RECALLED * C)[:, None]
+    b_kk = tl.load(p_own + KEY_NORM * C)
+    b_vv = tl.load(p_own + VALUE_NORM * C)
     b_gain = norm_gain(
         b_matched, b_recalled, b_g[:, None], b_erase[:, None], b_write[:, None], b_kk[:, None], b_vv[:, None], GATED
     )

@@ -98,8 +98,8 @@ def _merge_by_density(
 ):  # fmt: skip
     """Take n arriving boundaries, each followed by the one in b_following; scores lie in [0, 2].
 
-    sum: of a slot's scores; density: `_density` of a slot and the next one. Returns the list after, the pairs merged and
-    the boundaries removed [L], and whether every choice is certain.
+    sum: of a slot's scores; density: `_density` of a slot and the next one. Returns the list after, the pairs merged
+    and the boundaries removed [L], and whether every choice is certain.
 
     Merging slots j and j + 1 changes the densities of the pairs j - 1 and j alone, and makes either a density of three
     slots in a row as they were. Those of all triples are made while the least pair is still looked for: one step waits

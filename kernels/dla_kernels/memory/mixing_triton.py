@@ -203,7 +203,7 @@ def mix_erase_backward_kernel(
     C: tl.constexpr, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BK: tl.constexpr,
     N_K: tl.constexpr, BV: tl.constexpr, FROZEN: tl.constexpr, OF_ERASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d erase = -sum_i (restore D_j) S_i^T, or d restore = -sum_i (erase S_i) D_j^T: one chunk; `other` is the second."""
+    """d erase = -sum_i (restore D_j) S_i^T or d restore = -sum_i (erase S_i) D_j^T of a chunk; `other`: the second."""
     pid = tl.program_id(0).to(tl.int64)
     c = pid % count
     bh = pid // count
