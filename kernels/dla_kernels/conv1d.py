@@ -59,12 +59,12 @@ def conv_window(x: Tensor, width: int, *, history: Tensor | None = None) -> Tens
     here.
     """
     batch, _, channels = x.shape
-    before = x.new_zeros(batch, width - 1, channels) if history is None else history.transpose(1, 2).to(x.dtype)
-    return (
-        torch.cat([before, x], dim=1)[:, -(width - 1) :].transpose(1, 2)
-        if width > 1
-        else x.new_zeros(batch, channels, 0)
-    )
+    kept = width - 1
+    if kept < 1:
+        return x.new_zeros(batch, channels, 0)
+    before = x.new_zeros(batch, kept, channels) if history is None else history.transpose(1, 2).to(x.dtype)
+    # A copy: a view would keep the whole row alive for as long as the cache.
+    return torch.cat([before, x[:, -kept:]], dim=1)[:, -kept:].transpose(1, 2).contiguous()
 
 
 def _check_window(x: Tensor, width: int, positions: Tensor | None, history: Tensor | None) -> None:

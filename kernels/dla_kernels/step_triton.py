@@ -446,7 +446,7 @@ def _check_shapes(
         if heads % x.shape[1]:
             raise ValueError(f"{x.shape[1]} key heads do not divide {heads} heads")
     for name, tensor in vars(cache).items():
-        if tensor is not None and not tensor.is_contiguous():
+        if name != "conv" and tensor is not None and not tensor.is_contiguous():
             raise ValueError(
                 f"cache.{name} is not contiguous; a step writes it in place, so give it a cache of its own"
             )
