@@ -117,9 +117,6 @@ def plan_memory(
             carried_scores=carried[1],
             carried_fill=carried[2],
         )
-    gradients = (
-        None if found.gradients is None else (found.gradients[0].transpose(1, 2), found.gradients[1].transpose(1, 2))
-    )
     return MemoryPlan(
         score=found.score.transpose(1, 2),
         boundary=found.boundary.transpose(1, 2),
@@ -131,8 +128,15 @@ def plan_memory(
         carried_start=carried[0],
         carried_death=merges.carried_death,
         carried_fill=carried[2],
-        score_gradients=gradients,
+        score_gradients=None if found.gradients is None else _kept_gradients(found, k.dtype, v.dtype),
     )
+
+
+def _kept_gradients(found: Drift, key_dtype: torch.dtype, value_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[B,T,H,K] and [B,T,H,V], 0 but at boundaries, in the inputs' dtypes: they are kept until the backward pass."""
+    assert found.gradients is not None
+    to_k, to_v = (g.masked_fill_(~found.boundary[..., None], 0.0).transpose(1, 2) for g in found.gradients)
+    return to_k.to(key_dtype), to_v.to(value_dtype)
 
 
 def _threshold(tau: Tensor | float, heads: int, device: torch.device) -> Tensor:

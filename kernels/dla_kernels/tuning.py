@@ -32,10 +32,10 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
     },
     "gated_mixing_backward": {
         80: {"BK": 32, "num_warps": 8, "num_stages": 1},
-        90: {"BK": 64, "num_warps": 8, "num_stages": 1},
+        90: {"BK": 32, "num_warps": 8, "num_stages": 1},
     },
     "gated_matrix_backward": {
-        80: {"BK": 32, "num_warps": 8, "num_stages": 1},
+        80: {"BK": 64, "num_warps": 8, "num_stages": 1},
         90: {"BK": 32, "num_warps": 4, "num_stages": 1},
     },
     "gated_inputs": {
@@ -44,12 +44,16 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
     },
     # planner
     "drift_tables": {
-        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 64, "BV": 64, "num_warps": 2, "num_stages": 2},
+        90: {"BK": 64, "BV": 64, "num_warps": 2, "num_stages": 2},
+    },
+    "drift_keys": {
+        80: {"BK": 32, "num_warps": 2, "num_stages": 2},
+        90: {"BK": 32, "num_warps": 2, "num_stages": 2},
     },
     "drift_links": {
-        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
+        80: {"BK": 32, "BV": 64, "num_warps": 2, "num_stages": 2},
+        90: {"BK": 32, "BV": 64, "num_warps": 2, "num_stages": 2},
     },
     "drift_guess": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     "drift_states": {
@@ -57,17 +61,21 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         90: {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 1},
     },
     "drift_entry": {
-        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+        80: {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+        90: {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
     },
     "drift_walk": {
-        80: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
-        90: {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 1},
+        80: {"BK": 32, "BV": 16, "num_warps": 4, "num_stages": 1},
+        90: {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
     },
     "drift_follow": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
+    "drift_reads": {
+        80: {"BK": 32, "BV": 16, "num_warps": 2, "num_stages": 1},
+        90: {"BK": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
+    },
     "drift_gradients": {
-        80: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
-        90: {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1},
+        80: {"BK": 16, "BV": 16, "num_warps": 2, "num_stages": 1},
+        90: {"BK": 32, "BV": 16, "num_warps": 2, "num_stages": 1},
     },
     "boundary_lists": {
         80: {"BX": 1024, "num_warps": 4, "num_stages": 1},
@@ -140,7 +148,7 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         90: {"BT": 16, "num_warps": 4, "num_stages": 1},
     },
     "gate_weights_backward": {
-        80: {"BT": 32, "num_warps": 8, "num_stages": 1},
+        80: {"BT": 32, "num_warps": 4, "num_stages": 1},
         90: {"BT": 32, "num_warps": 8, "num_stages": 1},
     },
     "gate_adjoints": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
@@ -170,7 +178,7 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
         90: {"BT": 16, "num_warps": 4, "num_stages": 1},
     },
     "affinity_query_gradient": {
-        80: {"BR": 128, "BT": 16, "GROUP": 8, "num_warps": 8, "num_stages": 1},
+        80: {"BR": 128, "BT": 16, "GROUP": 8, "num_warps": 4, "num_stages": 1},
         90: {"BR": 128, "BT": 16, "GROUP": 8, "num_warps": 8, "num_stages": 1},
     },
     "affinity_sums_gradient": {

@@ -11,10 +11,29 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton")
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-WITHOUT_PRODUCTS = {  # kernels that multiply no matrices; every other one must use the matrix units
+WITHOUT_PRODUCTS = {
+    *("add_slot_weight_gradients", "affinity_scale", "boundary_lists", "capacity_walk", "chunk_decays"),
+    *("content_weights", "content_weights_backward", "decays_backward", "drift_follow", "drift_guess"),
+    *("gate_adjoints", "gate_gradients", "gate_weights", "gate_weights_backward", "rms_norm", "rms_norm_backward"),
+    *("short_conv", "short_conv_backward", "slot_table", "slot_versions", "slot_weights_by_slot", "step_decide"),
+    *("step_update", "token_deaths"),
 }
-STACK_ALLOWED: dict[str, int] = {}
-"""Bytes of stack by kernel, each with its reason."""
+"""Kernels that multiply no matrices; every other one must use the matrix units."""
+STACK_ALLOWED = {
+    # Chunks of 128 on sm90: one [C, C] float32 tile is 64 registers of a thread. Mixing moves half the bytes at 128,
+    # which outweighs what these few stages spill (docs/performance.md).
+    "gated_operators": 288,
+    "gated_matrix_backward": 120,
+    "gated_mixing_backward": 32,
+    "gated_inputs": 24,
+    "mamba2_scores_backward": 376,
+    # A few words around a loop; no setting that avoids them in every layer.
+    "mix_write_backward": 16,
+    "affinity_query_gradient": 8,
+    # On sm80 at K = 192 and 256: all of a token's gradient is held at once.
+    "drift_gradients": 80,
+}
+"""Bytes of stack a thread may use, by kernel, with the reason."""
 
 
 @pytest.fixture(scope="module", params=[80, 90])
@@ -48,7 +67,9 @@ def test_every_kernel_builds_without_spilling_and_fits_its_shared_memory(resourc
 @pytest.mark.slow
 def test_every_kernel_that_multiplies_matrices_uses_the_matrix_units(resources):
     for row in resources:
-        assert bool(row["matrix_instructions"]) != (row["kernel"] in WITHOUT_PRODUCTS), named(row)
+        fades_only = row["kernel"] == "sweep_states" and row["layer"].startswith("mamba2")
+        expected = row["kernel"] not in WITHOUT_PRODUCTS and not fades_only
+        assert bool(row["matrix_instructions"]) == expected, named(row)
 
 
 @pytest.mark.slow

@@ -243,6 +243,31 @@ def test_another_document_of_the_chunk_changes_not_a_bit(backbone):
         assert torch.equal(x, results[1][name]), name
 
 
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_large_chunks_equal_the_definition(chunk, poisoned_memory):
+    """Above 64 tokens, products of two float32 tables go through memory."""
+    case = make_case("gated_deltanet", batch=1, tokens=100, heads=1, dtype=torch.float32)
+    check_operators(case, document_starts(100, batch=1), None, chunk, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["mixing", "key_end"])
+def test_writes_read_before_they_decay_do_not_drown_the_gradients_of_decayed_ones(frozen, name):
+    """A token's own write and the last token's are e^12 times the others here, and give log_decay nothing."""
+    case = make_case("mamba2", batch=1, tokens=16, heads=2, dtype=torch.float32)
+    case.log_decay[:] = -12.0 - case.log_decay
+    starts = torch.zeros(1, 16, dtype=torch.int32)
+    boundary = torch.zeros(1, 16, 2, dtype=torch.bool) if frozen else None
+    grads = []
+    for leaves in (leaves_of(case, torch.float64), leaves_of(case)):
+        if leaves[0].dtype == torch.float64:
+            operators = expected_operators(leaves, starts, boundary, 16, 2, 1.0)
+        else:
+            operators = chunk_operators_triton(*leaves, None, starts, boundary=boundary, scale=1.0, chunk=16)
+        grads.append(torch.autograd.grad(outputs_of(operators)[name].sum(), leaves[2])[0])
+    assert ((grads[1] - grads[0]).norm() / grads[0].norm()) < 1e-5
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_strong_decays_and_repeated_keys_leave_operators_and_gradients_exact(frozen):
     """Where every token erases all before it, a segment's true dlog_decay is 0 but for 1e-9: its size is judged."""

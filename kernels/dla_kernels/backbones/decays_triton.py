@@ -174,7 +174,7 @@ def _sum_of(p, o, PARTS: tl.constexpr, ENTRIES, C: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "H", "N", "ENTRIES"])
 def decays_backward_kernel(
     p_start, p_boundary, p_segment, p_decay, p_d_cum, p_d_end, p_d_read, p_d_key, p_d_decay, p_d_log_decay,
-    T, H, N, ENTRIES, PARTS: tl.constexpr, C: tl.constexpr,
+    T, H, N, ENTRIES, READS: tl.constexpr, KEYS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """d log_decay [B, T, H], one chunk and head a program; ENTRIES: B * H * N * C."""
     i_p = tl.program_id(0).to(tl.int64)
@@ -186,8 +186,8 @@ def decays_backward_kernel(
     o_c = tl.arange(0, C)
     o_t = i_n * C + o_c
     o_g = (i_b * T + o_t) * H + i_h
-    b_read = _sum_of(p_d_read, i_o * C + o_c, PARTS, entries, C)
-    b_key = _sum_of(p_d_key, i_o * C + o_c, PARTS, entries, C)
+    b_read = _sum_of(p_d_read, i_o * C + o_c, READS, entries, C)
+    b_key = _sum_of(p_d_key, i_o * C + o_c, KEYS, entries, C)
     m_last = o_c == C - 1
     if p_boundary is not None:
         m_next = (o_c < C - 1) & (o_t + 1 < T)
@@ -251,6 +251,7 @@ def decays_backward(
         decays_backward_kernel, (batch * chunks * heads,),
         document_start, boundary, decays.segment, decays.decay, adjoints.cum, adjoints.end, adjoints.read,
         adjoints.key, d_decay, out, log_decay.shape[1], heads, chunks, decays.cum.numel(),
-        PARTS=adjoints.read.shape[0], C=chunk, **tuning("decays_backward", log_decay.device),
+        READS=adjoints.read.shape[0], KEYS=adjoints.key.shape[0], C=chunk,
+        **tuning("decays_backward", log_decay.device),
     )  # fmt: skip
     return out

@@ -45,6 +45,12 @@ def key_products(p_k, m_t, row, K: tl.constexpr, C: tl.constexpr, BK: tl.constex
 
 
 @triton.jit
+def load_beta(p_beta, m_t):
+    """beta [C] float32. Loaded where it is used, once for each layout: kept, those copies would fill a thread."""
+    return tl.load(p_beta, mask=m_t, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _invert_diagonal_blocks(p_x, C: tl.constexpr):
     """Replace the 16 x 16 diagonal blocks of -L [C, C] at the pointer by their part of X."""
     o_b = tl.arange(0, C // 16)
@@ -92,11 +98,11 @@ def write_matrix_kernel(
     o_t = i_n * C + o_c
     p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
     p_x += i_o * C * C
-    b_beta = tl.load(p_beta + (i_b * T + o_t) * H + i_h, mask=o_t < T, other=0.0).to(tl.float32)
+    p_beta += (i_b * T + o_t) * H + i_h
     b_l = key_products(p_k, o_t < T, HK * K, K, C, BK, PRECISION)
     m_sees = visible(p_start + i_b * T, i_n, T, C) & (o_c[:, None] > o_c[None, :])
     m_sees = m_sees & same_segment(p_segment, i_o, C)
-    b_l *= -b_beta[:, None] * decay_table(p_cum, None, None, i_o, m_sees, C)
+    b_l *= -load_beta(p_beta, o_t < T)[:, None] * decay_table(p_cum, None, None, i_o, m_sees, C)
     o_tile = o_c[:, None] * C + o_c[None, :]
     tl.store(p_x + o_tile, b_l)
     tl.debug_barrier()
@@ -111,7 +117,7 @@ def write_matrix_kernel(
     if WITH_BETA:
         b_x = tl.load(p_x + o_tile)
         tl.debug_barrier()
-        tl.store(p_x + o_tile, b_x * b_beta[None, :])
+        tl.store(p_x + o_tile, b_x * load_beta(p_beta, o_t < T)[None, :])
 
 
 def write_matrix_triton(

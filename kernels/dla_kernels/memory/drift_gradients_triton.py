@@ -7,7 +7,8 @@ a_m, a_r, a_k and a_v
     dI/dv = a_m S^T k + 2 a_v v        dI/dk = S x + 2 a_k k        x = a_m v + 2 a_r S^T k
 
 S is, as in the tables, a sum over the tokens of the open segment: those of the chunk itself and, for tokens before its
-first boundary, those of the chunk before it or the state it was entered with. S^T k and S x pass through the outputs.
+first boundary, those of the chunk before it or the state it was entered with. `drift_reads` makes S^T k and the partial
+derivatives, `drift_gradients` S x and the results; S^T k and part of S x wait in the outputs.
 """
 
 from __future__ import annotations
@@ -67,103 +68,66 @@ def _partial_derivatives(
 
 
 @triton.jit
-def _read_state(
-    p_k, p_key_open, p_states, b_factor, i_bh, i_b, i_h, i_n, i_o, o_v, T, H, HK,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S^T k [C, BV] of the state the chunk was entered with, at columns o_v."""
+def _partners(p_boundary, p_newest, b_start, i_b, i_h, i_n, T, H, chunks_in_row, C: tl.constexpr):
+    """Who is in whose segment: (boundaries up to each token [C], whether the token is scored against the segment that
+    the chunk was entered with [C], whether t is scored against a segment that holds token l [C, C], where the entered
+    segment began in the chunk before (-1: earlier), and whether t is scored against that chunk's token l [C, C])."""
     o_c = tl.arange(0, C)
-    b_read = tl.zeros([C, BV], tl.float32)
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_key = key_tile(
-            p_k, p_key_open, b_factor[:, None], i_bh, i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None], T, H, HK, K, C
-        )
-        b_s = state_tile(p_states, i_o, o_k[:, None], o_v[None, :], K, V)
-        b_read = tl.dot(b_key, b_s, b_read, input_precision=PRECISION)
-    return b_read
-
-
-@triton.jit
-def _state_product(
-    p_v, p_grad_v, p_states, b_m, b_r, m_t, i_b, i_h, i_n, i_o, o_k, T, H,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S x [C, BK] of the state the chunk was entered with, at rows o_k; S^T k lies in p_grad_v."""
-    o_c = tl.arange(0, C)
-    b_sx = tl.zeros([C, BK], tl.float32)
-    for i_v in range(0, V, BV):
-        o_v = i_v + tl.arange(0, BV)
-        b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
-        p_tile = p_grad_v + (o_c[:, None] * (H * V) + o_v[None, :])
-        b_read = tl.load(p_tile, mask=m_t[:, None] & (o_v < V)[None, :], other=0.0)
-        b_x = b_m[:, None] * b_v + 2 * b_r[:, None] * b_read
-        b_s = state_tile(p_states, i_o, o_k[None, :], o_v[:, None], K, V)
-        b_sx = tl.dot(b_x, b_s, b_sx, input_precision=PRECISION)
-    return b_sx
+    o_t = i_n * C + o_c
+    m_t = o_t < T
+    b_opens = tl.load(p_boundary + (i_b * H + i_h) * T + o_t, mask=m_t, other=0).to(tl.int32)
+    b_segment = tl.sum(tl.where(o_c[:, None] >= o_c[None, :], b_opens[None, :], 0), 1)
+    b_opened = b_segment - b_opens
+    m_entered = (b_opened == 0) & m_t
+    m_open = sees_earlier(o_t, m_t, b_start) & (b_segment[None, :] == b_opened[:, None])
+    i_newest = tl.load(p_newest + (i_b * H + i_h) * (BEFORE_ROW + chunks_in_row) + BEFORE_ROW + i_n - 1)
+    return b_segment, m_entered, m_open, i_newest, m_entered[:, None] & (o_c >= i_newest)[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring", "chunks_in_row"])
-def drift_gradients_kernel(
-    p_k, p_v, p_log_decay, p_beta, p_start, p_matrix, p_terms, p_recall, p_key_open, p_key_end, p_newest, p_states,
-    p_entry_norm, p_boundary, p_grad_k, p_grad_v, T, H, HK, first_chunk, chunks, ring, chunks_in_row,
+def drift_reads_kernel(
+    p_k, p_v, p_log_decay, p_beta, p_start, p_terms, p_recall, p_key_open, p_key_end, p_newest, p_states,
+    p_entry_norm, p_boundary, p_partials, p_read, T, H, HK, first_chunk, chunks, ring, chunks_in_row,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UPDATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_k [B,T,H,K] and grad_v [B,T,H,V] float32 of one chunk; 0 at a document's first token."""
+    """read [B,T,H,V] = S^T k and partials [B,H,R,4,C] of one chunk; the partials are 0 at a document's first token."""
     GATED: tl.constexpr = p_beta is not None
     i_b, i_h, i_n, i_o = program_chunk(H, chunks, first_chunk, ring)
     i_bh = i_b * H + i_h
     i_e = i_bh * ring + (i_n - 1) % ring
     o_c = tl.arange(0, C)
     o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
-    o_l = o_t - C
-    m_l = o_l >= 0
     b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
     b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
-    b_kk = tl.load(p_terms + (i_o * TERMS + KEY_NORM) * C + o_c)
-    b_vv = tl.load(p_terms + (i_o * TERMS + VALUE_NORM) * C + o_c)
+    b_segment, m_entered, m_open, i_newest, m_across = _partners(
+        p_boundary, p_newest, b_start, i_b, i_h, i_n, T, H, chunks_in_row, C
+    )
+    b_decay = decay_between(b_cum - b_g, b_cum, m_open)
     p_key = p_k + ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
-    p_value = p_v + ((i_b * T + i_n * C) * H + i_h) * V
-
-    p_grad_k += ((i_b * T + i_n * C) * H + i_h) * K
-    p_grad_v += ((i_b * T + i_n * C) * H + i_h) * V
-
-    b_opens = tl.load(p_boundary + i_bh * T + o_t, mask=m_t, other=0).to(tl.int32)
-    b_segment = tl.sum(tl.where(o_c[:, None] >= o_c[None, :], b_opens[None, :], 0), 1)
-    b_opened = b_segment - b_opens
-    m_entered = b_opened == 0
-    m_sees = sees_earlier(o_t, m_t, b_start)
-    m_open = m_sees & (b_segment[None, :] == b_opened[:, None])
-    b_decay = tl.where(m_open, decay_between(b_cum - b_g, b_cum, m_sees), 0.0)
-    i_newest = tl.load(p_newest + i_bh * (BEFORE_ROW + chunks_in_row) + BEFORE_ROW + i_n - 1)
-    # [t, l]: token t is scored against a segment that holds token l of the chunk before
-    m_across = (m_entered & m_t)[:, None] & (o_c >= i_newest)[None, :]
-
     if GATED:
         b_recall = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
         b_recall = tl.where(m_open, b_recall, 0.0)
     else:
         b_recall = row_products(p_key, p_key, m_t, m_t, HK * K, K, BK, C, PRECISION) * b_decay
     b_past = tl.zeros([C, C], tl.float32)
-    b_to_end = tl.zeros([C], tl.float32)
     if i_newest >= 0:
+        m_l = o_t >= C
         b_state_norm = tl.load(p_terms + (i_e * TERMS + END_NORM) * C + i_newest)
         if GATED:
             b_past = row_products(p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION)
         else:
             b_past_cum = tl.load(p_terms + (i_e * TERMS + CUM) * C + o_c)
-            _, b_to_end = chunk_end(p_start, b_past_cum, o_l, i_b, i_n - 1, T, C)
+            _, b_to_end = chunk_end(p_start, b_past_cum, o_t - C, i_b, i_n - 1, T, C)
             b_past = row_products(p_key, p_key - C * HK * K, m_t, m_l, HK * K, K, BK, C, PRECISION)
             b_past *= tl.exp(b_cum - b_g)[:, None] * b_to_end[None, :]
         b_past = tl.where(m_across, b_past, 0.0)
     else:
         b_state_norm = tl.load(p_entry_norm + i_o)
 
+    p_read += ((i_b * T + i_n * C) * H + i_h) * V
     b_matched = tl.zeros([C], tl.float32)
     b_recalled = tl.zeros([C], tl.float32)
-    b_inner = tl.zeros([C, C], tl.float32)
-    b_inner_past = tl.zeros([C, C], tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
         b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
@@ -172,24 +136,26 @@ def drift_gradients_kernel(
             b_w = value_tile(p_v, i_b, i_h, i_n - 1, o_v[None, :], o_c[:, None], T, H, V, C)
             b_read = tl.dot(b_past, b_w, b_read, input_precision=PRECISION)
         else:
-            b_entry = _read_state(
-                p_k, p_key_open, p_states, tl.exp(b_cum - b_g), i_bh, i_b, i_h, i_n, i_o, o_v, T, H, HK,
-                K, V, C, BK, BV, PRECISION,
-            )  # fmt: skip
+            b_entry = tl.zeros([C, BV], tl.float32)
+            for i_k in range(0, K, BK):
+                o_k = i_k + tl.arange(0, BK)
+                b_key = key_tile(
+                    p_k, p_key_open, tl.exp(b_cum - b_g)[:, None], i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None],
+                    T, H, HK, K, C,
+                )  # fmt: skip
+                b_s = state_tile(p_states, i_o, o_k[:, None], o_v[None, :], K, V)
+                b_entry = tl.dot(b_key, b_s, b_entry, input_precision=PRECISION)
             b_read += tl.where(m_entered[:, None], b_entry, 0.0)
         b_matched += tl.sum(b_read * b_v, 1)
         b_recalled += tl.sum(b_read * b_read, 1)
-        p_tile = p_grad_v + (o_c[:, None] * (H * V) + o_v[None, :])
-        tl.store(p_tile, b_read, mask=m_t[:, None] & (o_v < V)[None, :])
-        if UPDATE:
-            b_vt = value_tile(p_v, i_b, i_h, i_n, o_v[:, None], o_c[None, :], T, H, V, C)
-            b_inner = tl.dot(b_read, b_vt, b_inner, input_precision=PRECISION)
-            if i_newest >= 0:
-                b_wt = value_tile(p_v, i_b, i_h, i_n - 1, o_v[:, None], o_c[None, :], T, H, V, C)
-                b_inner_past = tl.dot(b_read, b_wt, b_inner_past, input_precision=PRECISION)
-    m_opens = b_opens > 0
+        o_tile = (o_c * (H * V))[:, None] + o_v[None, :]
+        tl.store(p_read + o_tile, b_read, mask=m_t[:, None] & (o_v < V)[None, :])
+    b_kk = tl.load(p_terms + (i_o * TERMS + KEY_NORM) * C + o_c)
+    b_vv = tl.load(p_terms + (i_o * TERMS + VALUE_NORM) * C + o_c)
+    # A boundary's own match is with the segment before it.
+    m_on = tl.load(p_boundary + i_bh * T + o_t, mask=m_t, other=0) == 0
     b_gain = norm_gain(
-        tl.where(m_opens, 0.0, b_matched), tl.where(m_opens, 0.0, b_recalled), b_g, b_erase, b_write, b_kk, b_vv, GATED
+        tl.where(m_on, b_matched, 0.0), tl.where(m_on, b_recalled, 0.0), b_g, b_erase, b_write, b_kk, b_vv, GATED
     )
     b_norm = tl.sum(b_decay * b_decay * b_gain[None, :], 1)
     b_norm += tl.where(m_entered, tl.exp(2 * (b_cum - b_g)) * b_state_norm, 0.0)
@@ -197,56 +163,119 @@ def drift_gradients_kernel(
         b_matched, b_recalled, b_norm, b_g, b_erase, b_write, b_kk, b_vv, UPDATE, GATED
     )
     m_scored = m_t & (o_t != b_start)
-    b_am = tl.where(m_scored, b_am, 0.0)
-    b_ar = tl.where(m_scored, b_ar, 0.0)
+    p_partials += i_o * 4 * C + o_c
+    tl.store(p_partials, tl.where(m_scored, b_am, 0.0))
+    tl.store(p_partials + C, tl.where(m_scored, b_ar, 0.0))
+    tl.store(p_partials + 2 * C, tl.where(m_scored, b_ak, 0.0))
+    tl.store(p_partials + 3 * C, tl.where(m_scored, b_av, 0.0))
 
-    # x_t . v_l, of the chunk's own tokens and of those before
-    b_inner = b_am[:, None] * row_products(p_value, p_value, m_t, m_t, H * V, V, BV, C, PRECISION) + (
-        2 * b_ar[:, None] * b_inner
+
+@triton.jit
+def _x_tile(p_v, p_read, b_m, b_r, i_b, i_h, i_n, o_v, o_c, T, H, V: tl.constexpr, C: tl.constexpr):
+    """x = a_m v + 2 a_r S^T k [C, BV]."""
+    b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
+    m_tile = (o_c < T - i_n * C)[:, None] & (o_v < V)[None, :]
+    b_read = tl.load(p_read + ((o_c * (H * V))[:, None] + o_v[None, :]), mask=m_tile, other=0.0)
+    return b_m[:, None] * b_v + 2 * b_r[:, None] * b_read
+
+
+@triton.jit
+def _x_products(
+    p_v, p_read, b_m, b_r, i_b, i_h, i_n, i_w, T, H,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x v^T [C, C] with the values of chunk i_w."""
+    o_c = tl.arange(0, C)
+    if UPDATE:
+        b_xv = tl.zeros([C, C], tl.float32)
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)
+            b_x = _x_tile(p_v, p_read, b_m, b_r, i_b, i_h, i_n, o_v, o_c, T, H, V, C)
+            b_vt = value_tile(p_v, i_b, i_h, i_w, o_v[:, None], o_c[None, :], T, H, V, C)
+            b_xv = tl.dot(b_x, b_vt, b_xv, input_precision=PRECISION)
+        return b_xv
+    else:
+        p_value = p_v + (i_b * T * H + i_h) * V
+        m_t, m_w = o_c < T - i_n * C, o_c < T - i_w * C
+        p_x, p_w = p_value + i_n * C * H * V, p_value + i_w * C * H * V
+        # 16-bit operands leave room for a wider tile than those of float32.
+        b_vv = row_products(p_x, p_w, m_t, m_w, H * V, V, 4 * BV, C, PRECISION)
+        return b_m[:, None] * b_vv
+
+
+@triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring", "chunks_in_row"])
+def drift_gradients_kernel(
+    p_k, p_v, p_log_decay, p_beta, p_start, p_matrix, p_terms, p_key_end, p_newest, p_states,
+    p_boundary, p_partials, p_grad_k, p_grad_v, T, H, HK, first_chunk, chunks, ring, chunks_in_row,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grad_k [B,T,H,K] and grad_v [B,T,H,V] float32 of one chunk; grad_v comes as S^T k."""
+    GATED: tl.constexpr = p_beta is not None
+    i_b, i_h, i_n, i_o = program_chunk(H, chunks, first_chunk, ring)
+    i_e = (i_b * H + i_h) * ring + (i_n - 1) % ring
+    o_c = tl.arange(0, C)
+    o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
+    b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
+    b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
+    b_segment, m_entered, m_open, i_newest, m_across = _partners(
+        p_boundary, p_newest, b_start, i_b, i_h, i_n, T, H, chunks_in_row, C
     )
+    p_partials += i_o * 4 * C + o_c
+    b_m, b_r = tl.load(p_partials), tl.load(p_partials + C)
+    p_grad_k += ((i_b * T + i_n * C) * H + i_h) * K
+    p_grad_v += ((i_b * T + i_n * C) * H + i_h) * V
+
+    b_past = tl.zeros([C, C], tl.float32)
+    b_to_end = tl.zeros([C], tl.float32)
     if i_newest >= 0:
-        b_across = row_products(p_value, p_value - C * H * V, m_t, m_l, H * V, V, BV, C, PRECISION)
-        b_inner_past = tl.where(m_across, b_am[:, None] * b_across + 2 * b_ar[:, None] * b_inner_past, 0.0)
-    tl.debug_barrier()
+        b_past = _x_products(p_v, p_grad_v, b_m, b_r, i_b, i_h, i_n, i_n - 1, T, H, V, C, BV, UPDATE, PRECISION)
+        b_past = tl.where(m_across, b_past, 0.0)
+        b_past_cum = tl.load(p_terms + (i_e * TERMS + CUM) * C + o_c)
+        _, b_to_end = chunk_end(p_start, b_past_cum, o_t - C, i_b, i_n - 1, T, C)
     b_erased = tl.zeros([C, C], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
+        b_sx = tl.zeros([C, BK], tl.float32)
         if i_newest >= 0:
             b_key = key_tile(
-                p_k, p_key_end, b_to_end[:, None], i_bh, i_b, i_h, i_n - 1, i_e, o_k[None, :], o_c[:, None],
-                T, H, HK, K, C,
-            )  # fmt: skip
-            b_sx = tl.dot(b_inner_past, b_key, input_precision=PRECISION)
-        else:
-            b_sx = _state_product(
-                p_v, p_grad_v, p_states, b_am, b_ar, m_t, i_b, i_h, i_n, i_o, o_k, T, H, K, V, C, BK, BV, PRECISION
+                p_k, p_key_end, b_to_end[:, None], i_b, i_h, i_n - 1, i_e, o_k[None, :], o_c[:, None], T, H, HK, K, C
             )
+            b_sx = tl.dot(b_past, b_key, b_sx, input_precision=PRECISION)
+        else:
+            for i_v in range(0, V, BV):
+                o_v = i_v + tl.arange(0, BV)
+                b_x = _x_tile(p_v, p_grad_v, b_m, b_r, i_b, i_h, i_n, o_v, o_c, T, H, V, C)
+                b_s = state_tile(p_states, i_o, o_k[None, :], o_v[:, None], K, V)
+                b_sx = tl.dot(b_x, b_s, b_sx, input_precision=PRECISION)
             b_sx = tl.where(m_entered[:, None], b_sx, 0.0)
-        p_tile = p_grad_k + (o_c[:, None] * (H * K) + o_k[None, :])
-        tl.store(p_tile, b_sx, mask=m_t[:, None] & (o_k < K)[None, :])
+        o_tile = (o_c * (H * K))[:, None] + o_k[None, :]
+        tl.store(p_grad_k + o_tile, b_sx, mask=m_t[:, None] & (o_k < K)[None, :])
         if GATED:
-            b_kt = key_tile(p_k, None, 1.0, i_bh, i_b, i_h, i_n, i_o, o_k[:, None], o_c[None, :], T, H, HK, K, C)
+            b_kt = key_tile(p_k, None, 1.0, i_b, i_h, i_n, i_o, o_k[:, None], o_c[None, :], T, H, HK, K, C)
             b_erased = tl.dot(b_sx, b_kt, b_erased, input_precision=PRECISION)
+    b_inner = _x_products(p_v, p_grad_v, b_m, b_r, i_b, i_h, i_n, i_n, T, H, V, C, BV, UPDATE, PRECISION)
     if GATED:
         b_inner -= tl.where((b_segment == 0)[None, :], tl.exp(b_cum)[None, :] * b_erased, 0.0)
-        i_m = i_bh * chunks + i_n - first_chunk
+        i_m = (i_b * H + i_h) * chunks + i_n - first_chunk
         b_matrix_t = tl.load(p_matrix + i_m * C * C + (o_c[None, :] * C + o_c[:, None]))
         b_matrix_t = tl.where(b_segment[None, :] == b_segment[:, None], b_matrix_t, 0.0)
         b_inner = tl.dot(b_inner, b_matrix_t, input_precision=PRECISION)
-    b_inner *= b_decay
+    b_inner *= decay_between(b_cum - b_g, b_cum, m_open)
     tl.debug_barrier()
+    b_ak, b_av = tl.load(p_partials + 2 * C), tl.load(p_partials + 3 * C)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
-        p_tile = p_grad_k + (o_c[:, None] * (H * K) + o_k[None, :])
+        o_tile = (o_c * (H * K))[:, None] + o_k[None, :]
         m_tile = m_t[:, None] & (o_k < K)[None, :]
-        b_key = key_tile(p_k, None, 1.0, i_bh, i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None], T, H, HK, K, C)
-        b_sx = tl.exp(b_cum - b_g)[:, None] * tl.load(p_tile, mask=m_tile, other=0.0)
+        b_key = key_tile(p_k, None, 1.0, i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None], T, H, HK, K, C)
+        b_sx = tl.exp(b_cum - b_g)[:, None] * tl.load(p_grad_k + o_tile, mask=m_tile, other=0.0)
         b_sx = tl.dot(b_inner, b_key, b_sx, input_precision=PRECISION)
-        tl.store(p_tile, b_sx + tl.where(m_scored, 2 * b_ak, 0.0)[:, None] * b_key, mask=m_tile)
+        tl.store(p_grad_k + o_tile, b_sx + 2 * b_ak[:, None] * b_key, mask=m_tile)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        p_tile = p_grad_v + (o_c[:, None] * (H * V) + o_v[None, :])
+        o_tile = (o_c * (H * V))[:, None] + o_v[None, :]
         m_tile = m_t[:, None] & (o_v < V)[None, :]
         b_v = value_tile(p_v, i_b, i_h, i_n, o_v[None, :], o_c[:, None], T, H, V, C)
-        b_read = b_am[:, None] * tl.load(p_tile, mask=m_tile, other=0.0)
-        tl.store(p_tile, b_read + tl.where(m_scored, 2 * b_av, 0.0)[:, None] * b_v, mask=m_tile)
+        b_read = b_m[:, None] * tl.load(p_grad_v + o_tile, mask=m_tile, other=0.0)
+        tl.store(p_grad_v + o_tile, b_read + 2 * b_av[:, None] * b_v, mask=m_tile)

@@ -155,64 +155,41 @@ def chunk_end(p_start, b_cum, o_t, i_b, i_n, T, C: tl.constexpr):
     return b_end, tl.where(m_end, tl.exp(tl.where(m_end, b_end - b_cum, 0.0)), 0.0)
 
 
-@triton.jit
-def _store_keys(
-    p_k, p_matrix, p_key_open, p_key_end, b_recall, b_cum, b_before, b_to_end, m_t, row,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Keys [C, K] by which the chunk's tokens read the state it was entered with, and stand in the one it leaves."""
-    o_c = tl.arange(0, C)
-    b_matrix_t = tl.load(p_matrix + (o_c[None, :] * C + o_c[:, None]))
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = (o_k < K)[None, :]
-        b_k = tl.load(p_k + ((o_c * row)[:, None] + o_k[None, :]), mask=m_t[:, None] & m_k, other=0.0).to(tl.float32)
-        b_open = tl.exp(b_before)[:, None] * b_k
-        b_open -= tl.dot(b_recall, tl.exp(b_cum)[:, None] * b_k, input_precision=PRECISION)
-        b_end = tl.dot(b_matrix_t, b_to_end[:, None] * b_k, input_precision=PRECISION)
-        o_tile = o_c[:, None] * K + o_k[None, :]
-        tl.store(p_key_open + o_tile, b_open, mask=m_k)
-        tl.store(p_key_end + o_tile, b_end, mask=m_k)
-
-
 @triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring"])
 def drift_tables_kernel(
     p_k, p_v, p_log_decay, p_beta, p_start, p_tau, p_matrix,
-    p_terms, p_steps, p_score, p_recall, p_key_open, p_key_end, T, H, HK, first_chunk, chunks, ring,
+    p_terms, p_steps, p_score, p_recall, T, H, HK, first_chunk, chunks, ring,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UPDATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk's own tables: rows CUM to END_NORM of terms, JUMP and LAST of steps, and the scores that walks meet.
 
-    score [B,H,R,2,C,C] gets table 0. With beta also recall [B,H,R,C,C] and the keys [B,H,R,C,K] of `_store_keys`.
+    score [B,H,R,2,C,C] gets table 0. With beta also recall [B,H,R,C,C].
     """
     GATED: tl.constexpr = p_beta is not None
     i_b, i_h, i_n, i_o = program_chunk(H, chunks, first_chunk, ring)
     o_c = tl.arange(0, C)
+    o_t = i_n * C + o_c
+    m_t = o_t < T
+    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+    p_v += ((i_b * T + i_n * C) * H + i_h) * V
+    b_recall = row_products(p_k, p_k, m_t, m_t, HK * K, K, BK, C, PRECISION)
+    b_values = row_products(p_v, p_v, m_t, m_t, H * V, V, BV, C, PRECISION)
+    b_kk, b_vv = diagonal(b_recall, C), diagonal(b_values, C)
+
+    # What a token needs besides is loaded after the long products, which leave no registers to hold it.
     o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
     b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
     m_sees = sees_earlier(o_t, m_t, b_start)
     b_before = tl.sum(tl.where(m_sees, b_g[None, :], 0.0), 1)
     b_cum = b_before + b_g
-    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
-    p_v += ((i_b * T + i_n * C) * H + i_h) * V
-
     b_decay = decay_between(b_before, b_cum, m_sees)
-    b_recall = row_products(p_k, p_k, m_t, m_t, HK * K, K, BK, C, PRECISION)
-    b_kk = diagonal(b_recall, C)
     b_recall *= b_decay
     if GATED:
         p_matrix += ((i_b * H + i_h) * chunks + i_n - first_chunk) * C * C
         o_tile = o_c[:, None] * C + o_c[None, :]
         b_recall = tl.dot(b_recall, tl.load(p_matrix + o_tile), input_precision=PRECISION)
         tl.store(p_recall + i_o * C * C + o_tile, b_recall)
-        _, b_to_end = chunk_end(p_start, b_cum, o_t, i_b, i_n, T, C)
-        _store_keys(
-            p_k, p_matrix, p_key_open + i_o * C * K, p_key_end + i_o * C * K, b_recall, b_cum, b_before, b_to_end,
-            m_t, HK * K, K, C, BK, PRECISION,
-        )  # fmt: skip
-    b_values = row_products(p_v, p_v, m_t, m_t, H * V, V, BV, C, PRECISION)
-    b_vv = diagonal(b_values, C)
     b_matched = tl.cumsum(b_recall * b_values, 1, reverse=True)
     b_recalled = b_matched
     if GATED:
@@ -253,6 +230,36 @@ def drift_tables_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring"])
+def drift_keys_kernel(
+    p_k, p_log_decay, p_start, p_matrix, p_terms, p_recall, p_key_open, p_key_end, T, H, HK, first_chunk, chunks, ring,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys [B,H,R,C,K] by which a chunk's tokens read the state it was entered with, and stand in the one it leaves."""
+    i_b, i_h, i_n, i_o = program_chunk(H, chunks, first_chunk, ring)
+    o_c = tl.arange(0, C)
+    o_t = i_n * C + o_c
+    m_t = o_t < T
+    p_k += ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
+    p_matrix += ((i_b * H + i_h) * chunks + i_n - first_chunk) * C * C
+    b_matrix_t = tl.load(p_matrix + (o_c[None, :] * C + o_c[:, None]))
+    b_recall = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
+    b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
+    b_g = tl.load(p_log_decay + (i_b * T + o_t) * H + i_h, mask=m_t, other=0.0).to(tl.float32)
+    _, b_to_end = chunk_end(p_start, b_cum, o_t, i_b, i_n, T, C)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        m_k = (o_k < K)[None, :]
+        o_in = (o_c * (HK * K))[:, None] + o_k[None, :]
+        b_k = tl.load(p_k + o_in, mask=m_t[:, None] & m_k, other=0.0).to(tl.float32)
+        b_open = tl.exp(b_cum - b_g)[:, None] * b_k
+        b_open -= tl.dot(b_recall, tl.exp(b_cum)[:, None] * b_k, input_precision=PRECISION)
+        b_end = tl.dot(b_matrix_t, b_to_end[:, None] * b_k, input_precision=PRECISION)
+        o_out = i_o * C * K + (o_c[:, None] * K + o_k[None, :])
+        tl.store(p_key_open + o_out, b_open, mask=m_k)
+        tl.store(p_key_end + o_out, b_end, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring"])
 def drift_links_kernel(
     p_k, p_v, p_log_decay, p_beta, p_start, p_tau,
     p_terms, p_steps, p_score, p_recall, p_key_open, p_key_end, T, H, HK, first_chunk, chunks, ring,
@@ -273,6 +280,8 @@ def drift_links_kernel(
     # What a token needs of its own is loaded after the long products, which leave no registers to hold it.
     b_across = row_products(p_v, p_w, m_t, m_l, H * V, V, BV, C, PRECISION)
     if GATED:
+        b_own = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
+        b_others = tl.dot(b_own, b_across, input_precision=PRECISION)
         b_values = row_products(p_w, p_w, m_l, m_l, H * V, V, BV, C, PRECISION)
         b_recall = row_products(p_key_open + i_o * C * K, p_key_end + i_e * C * K, m_l, m_l, K, K, BK, C, PRECISION)
     else:
@@ -288,8 +297,6 @@ def drift_links_kernel(
     b_matched = tl.load(p_own + MATCHED * C)[:, None] + tl.cumsum(b_recall * b_across, 1, reverse=True)
     b_recalled = b_matched
     if GATED:
-        b_own = tl.load(p_recall + i_o * C * C + (o_c[:, None] * C + o_c[None, :]))
-        b_others = tl.dot(b_own, b_across, input_precision=PRECISION)
         b_recalled = recalled_norm(b_recall, b_values, tl.load(p_past + VALUE_NORM * C), b_others, C, PRECISION)
         b_recalled += tl.load(p_own + RECALLED * C)[:, None]
     b_kk = tl.load(p_own + KEY_NORM * C)

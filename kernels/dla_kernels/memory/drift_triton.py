@@ -17,8 +17,14 @@ from dla_kernels.backbones.inverse_triton import write_matrix_triton
 from dla_kernels.launch import cdiv, dot_precision, launch, power_of_2, tuning
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.drift import Drift, open_state
-from dla_kernels.memory.drift_gradients_triton import drift_gradients_kernel
-from dla_kernels.memory.drift_tables_triton import STEPS, TERMS, drift_links_kernel, drift_tables_kernel
+from dla_kernels.memory.drift_gradients_triton import drift_gradients_kernel, drift_reads_kernel
+from dla_kernels.memory.drift_tables_triton import (
+    STEPS,
+    TERMS,
+    drift_keys_kernel,
+    drift_links_kernel,
+    drift_tables_kernel,
+)
 from dla_kernels.memory.drift_walk_triton import (
     BEFORE_ROW,
     ENTRY,
@@ -173,9 +179,15 @@ class _Planner:
         lists = self.batch * self.heads
         launch(
             drift_tables_kernel, (lists * chunks,),
-            *inputs, self.tau, matrix, work.terms, work.steps, work.score, *keys, *self._sizes(), *place,
+            *inputs, self.tau, matrix, work.terms, work.steps, work.score, work.recall, *self._sizes(), *place,
             **self._settings("drift_tables"), **self.numbers,
         )  # fmt: skip
+        if matrix is not None:
+            launch(
+                drift_keys_kernel, (lists * chunks,),
+                self.k, self.log_decay, self.document_start, matrix, work.terms, *keys, *self._sizes(), *place,
+                **self._settings("drift_keys"), PRECISION=self.numbers["PRECISION"],
+            )  # fmt: skip
         linked = max(first, 1)
         launch(
             drift_links_kernel, (lists * (first + chunks - linked),),
@@ -211,12 +223,26 @@ class _Planner:
             C=self.chunk, **tuning("drift_follow", self.k.device),
         )  # fmt: skip
         if grads is not None:
-            launch(
-                drift_gradients_kernel, (lists * chunks,),
-                *inputs, matrix, work.terms, *keys, self.newest, work.states, work.entry_norm,
-                self.boundary.view(torch.uint8), *grads, *self._sizes(), *row,
-                **self._settings("drift_gradients"), **self.numbers,
-            )  # fmt: skip
+            self._launch_gradients(matrix, row, *grads)
+
+    def _launch_gradients(
+        self, matrix: Tensor | None, row: tuple[int, int, int, int], grad_k: Tensor, grad_v: Tensor
+    ) -> None:
+        work, sizes = self.work, (self.tokens, self.heads, self.key_heads)
+        inputs = (self.k, self.v, self.log_decay, self.beta, self.document_start)
+        boundary = self.boundary.view(torch.uint8)
+        grid = (self.batch * self.heads * row[1],)
+        partials = torch.empty_like(work.terms[:, :, :, :4])
+        launch(
+            drift_reads_kernel, grid,
+            *inputs, work.terms, work.recall, work.key_open, work.key_end, self.newest, work.states, work.entry_norm,
+            boundary, partials, grad_v, *sizes, *row, **self._settings("drift_reads"), **self.numbers,
+        )  # fmt: skip
+        launch(
+            drift_gradients_kernel, grid,
+            *inputs, matrix, work.terms, work.key_end, self.newest, work.states, boundary, partials, grad_k, grad_v,
+            *sizes, *row, **self._settings("drift_gradients"), **self.numbers,
+        )  # fmt: skip
 
     def _write_matrix(self, first: int, chunks: int) -> Tensor | None:
         """T [B, H, chunks, C, C] of the chunks from `first` on."""
@@ -232,5 +258,8 @@ class _Planner:
     def _settings(self, kernel: str) -> dict[str, int]:
         """Dimensions and pinned settings, with no wider tile than the dimension it tiles."""
         settings = tuning(kernel, self.k.device)
-        tiles = {"BK": power_of_2(self.key_dim, 16), "BV": power_of_2(self.value_dim, 16)}
-        return self.shape | settings | {name: min(width, settings[name]) for name, width in tiles.items()}
+        for tile, name in (("BK", "K"), ("BV", "V")):
+            if tile in settings:
+                settings[tile] = min(power_of_2(self.shape[name], 16), settings[tile])
+                settings[name] = self.shape[name]
+        return settings | {"C": self.chunk}

@@ -54,10 +54,7 @@ def _ring_place(i_bh, i_n, ring):
 
 
 @triton.jit
-def key_tile(
-    p_k, p_keys, b_factor, i_bh, i_b, i_h, i_n, i_o, o_k, o_c, T, H, HK,
-    K: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def key_tile(p_k, p_keys, b_factor, i_b, i_h, i_n, i_o, o_k, o_c, T, H, HK, K: tl.constexpr, C: tl.constexpr):
     """Keys in float32 of tokens o_c of chunk i_n, at place i_o: p_keys [B,H,R,C,K], or b_factor k where it is None.
 
     o_k, o_c and b_factor are oriented by the caller, [1, BK] by [C, 1] or the other way round.
@@ -105,7 +102,7 @@ def enter_chunk(
         for i_k in range(0, K, BK):
             o_k = i_k + tl.arange(0, BK)
             b_key = key_tile(
-                p_k, p_key_end, b_to_end[None, :], i_bh, i_b, i_h, i_n - 2, i_s, o_k[:, None], o_c[None, :],
+                p_k, p_key_end, b_to_end[None, :], i_b, i_h, i_n - 2, i_s, o_k[:, None], o_c[None, :],
                 T, H, HK, K, C,
             )  # fmt: skip
             b_s = tl.dot(b_key, b_v, input_precision=PRECISION)
@@ -120,7 +117,7 @@ def enter_chunk(
         for i_k in range(0, K, BK):
             o_k = i_k + tl.arange(0, BK)
             b_key = key_tile(
-                p_k, None, tl.exp(b_cum)[:, None], i_bh, i_b, i_h, i_n - 1, i_e, o_k[None, :], o_c[:, None],
+                p_k, None, tl.exp(b_cum)[:, None], i_b, i_h, i_n - 1, i_e, o_k[None, :], o_c[:, None],
                 T, H, HK, K, C,
             )  # fmt: skip
             b_s = state_tile(p_states, i_e, o_k[:, None], o_v[None, :], K, V)
@@ -129,7 +126,7 @@ def enter_chunk(
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         b_key = key_tile(
-            p_k, p_key_end, b_to_end[None, :], i_bh, i_b, i_h, i_n - 1, i_e, o_k[:, None], o_c[None, :],
+            p_k, p_key_end, b_to_end[None, :], i_b, i_h, i_n - 1, i_e, o_k[:, None], o_c[None, :],
             T, H, HK, K, C,
         )  # fmt: skip
         b_s = tl.exp(b_end) * state_tile(p_states, i_e, o_k[:, None], o_v[None, :], K, V)
@@ -166,7 +163,7 @@ def score_entry(
         for i_k in range(0, K, BK):
             o_k = i_k + tl.arange(0, BK)
             b_key = key_tile(
-                p_k, p_key_open, tl.exp(b_cum - b_g)[:, None], i_bh, i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None],
+                p_k, p_key_open, tl.exp(b_cum - b_g)[:, None], i_b, i_h, i_n, i_o, o_k[None, :], o_c[:, None],
                 T, H, HK, K, C,
             )  # fmt: skip
             b_s = state_tile(p_states, i_o, o_k[:, None], o_v[None, :], K, V)

@@ -44,8 +44,7 @@ def boundary_score(k: Tensor, v: Tensor, plan: MemoryPlan) -> Tensor:
     if plan.score_gradients is None:
         raise ValueError("the plan holds no score gradients; make it with plan_memory(..., score_gradients=True)")
     score = torch.where(plan.boundary, plan.score, 0.0)
-    grad_k, grad_v = (torch.where(plan.boundary[..., None], g, 0.0) for g in plan.score_gradients)
-    result: Tensor = _PlannedScore.apply(k, v, score, grad_k, grad_v, v.shape[2] // k.shape[2])
+    result: Tensor = _PlannedScore.apply(k, v, score, *plan.score_gradients, v.shape[2] // k.shape[2])
     return result
 
 

@@ -160,8 +160,8 @@ def _merge_by_exact_density(b_begin, b_prefix, b_arriving, b_arriving_prefix, n,
 def _merge_at_random(b_begin, b_arriving, i_document, n, S: tl.constexpr, L: tl.constexpr):
     """The same for pairs that a hash of the arriving token's position names (`random_pair` of merging.py)."""
     o_l = tl.arange(0, L)
-    b_hash = (b_arriving.to(tl.int64) - i_document) * 2654435761
-    b_pair = (((b_hash & 4294967295) >> 12) % (S - 1)).to(tl.int32)
+    b_hash = (b_arriving - i_document).to(tl.uint32) * 2654435761  # modulo 2^32
+    b_pair = (b_hash >> 12).to(tl.int32) % (S - 1)
     b_removed = tl.zeros([L], tl.int32)
     for i in range(n):
         b_next = _shifted(b_begin, _at(b_arriving, i, L), 1, S, L)
