@@ -14,7 +14,7 @@ from dla_kernels.launch import override_tuning
 from dla_kernels.memory import affinity_triton, gates_triton, table_triton
 from dla_kernels.memory.affinity import carried_key_sums, chunk_affinity
 from dla_kernels.memory.gates import gate_read_weights
-from dla_kernels.memory.slots import chunk_slots, slot_values
+from dla_kernels.memory.slots import chunk_slots
 from dla_kernels.memory.table import slot_table
 from dla_kernels.plan import NEVER
 from dla_kernels.tuning import TUNING
@@ -171,24 +171,6 @@ def test_gates_of_1_leave_the_weights_as_they_are():
     weights = random(*plan.boundary.shape, plan.capacity).float()
     gated = gates_triton.gate_read_weights_triton(weights, torch.ones(plan.boundary.shape), slot_table(plan, 16))
     assert torch.equal(gated, weights)
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_the_gates_of_the_last_slots_and_their_gradients_equal_the_caches(name):
-    plan, cache = make_plan(name)
-    gates, carried = random(*plan.boundary.shape).requires_grad_(), carried_gates_of(cache)
-    leaves = [x for x in (gates, carried) if x is not None]
-    slots = chunk_slots(plan, 16)
-    before = torch.ones(*slots.fill.shape[:2], plan.capacity, dtype=torch.float64) if carried is None else carried
-    used = torch.arange(plan.capacity) < slots.fill[:, :, -1:]
-    expected = slot_values(gates.transpose(1, 2), before, slots.source[:, :, -1:])[:, :, 0].where(used, 1.0)
-    singles = [x.detach().float().requires_grad_() for x in leaves]
-    final = gates_triton.final_slot_gates(singles[0], slot_table(plan, 16), *singles[1:])
-    assert torch.equal(final, expected.float())
-    for a, b in zip(
-        torch.autograd.grad(final.sin().sum(), singles), torch.autograd.grad(expected.sin().sum(), leaves), strict=True
-    ):
-        assert_rms_close("dgates", a, b, RMS_FLOAT32)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 12])

@@ -372,23 +372,6 @@ def gate_read_weights_triton(
     return gated
 
 
-def final_slot_gates(gates: Tensor | None, table: SlotTable, carried_gates: Tensor | None = None) -> Tensor:
-    """Gates [B, H, S] float32 of the slots alive at the row's end, oldest first; 1 where unused or hard.
-
-    gates [B, T, H], carried_gates [B, H, S]; differentiable in both.
-    """
-    start = table.start[:, :, -1]
-    final = torch.ones(start.shape, dtype=torch.float32, device=start.device)
-    if gates is not None:
-        opened = gates.transpose(1, 2).float().gather(-1, start.clamp(0, table.tokens - 1).long())
-        final = torch.where((start >= 0) & (start < table.tokens), opened, final)
-    if carried_gates is not None:
-        same = (start[..., :, None] == table.start[:, :, 0, None, :]) & (start < 0)[..., None]
-        carried = torch.where(same, carried_gates.float()[:, :, None], 0.0).sum(-1)
-        final = torch.where(start < 0, carried, final)
-    return final
-
-
 class _ContentReadWeights(torch.autograd.Function):
     """slot + gain * softmax over live slots and a null slot. Keeps the affinity; the shares are made again."""
 
