@@ -172,10 +172,14 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """How a run spreads over ranks. Data parallel is world size / tensor."""
+    """How a run spreads over ranks. Data parallel is world size / (tensor x context)."""
 
     tensor: int = 1
     """Ranks that share one copy of the model by heads."""
+    sequence: bool = False
+    """Divide the residual stream between layers along time over the tensor ranks."""
+    context: int = 1
+    """Ranks that share each row along time."""
     backend: str = "auto"
     """Process group: `auto` (nccl on CUDA, gloo elsewhere), `gloo` or `nccl`."""
     timeout_minutes: float = 10.0

@@ -81,6 +81,7 @@ AT_LEAST: dict[str, int] = {
     "train.validation_interval_steps": 0,
     "train.validation_batches": 0,
     "parallel.tensor": 1,
+    "parallel.context": 1,
     "engine.zero_stage": 0,
     "checkpoint.interval_steps": 0,
     "checkpoint.keep_last": 0,
@@ -157,15 +158,20 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_tensor_degree(config: Config) -> None:
     tensor, model = config.parallel.tensor, config.model
-    if tensor == 1:
-        return
-    legal = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0 and model.num_key_heads % n == 0]
+    shared = model.num_key_heads == 1  # one key head is whole on every rank
+    legal = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+    legal = [n for n in legal if shared or model.num_key_heads % n == 0]
     for key, value in (("model.num_heads", model.num_heads), ("model.num_key_heads", model.num_key_heads)):
-        if value % tensor:
+        if value % tensor and not (shared and key == "model.num_key_heads"):
             mend = f"choose parallel.tensor from {_listed(legal)}"
             _reject(key, value, f"is not divisible by parallel.tensor={tensor}", mend)
-    rule = "is above 1, and the layers of this version are not tensor-parallel yet"
-    _reject("parallel.tensor", tensor, rule, "set parallel.tensor=1")
+    rule = "is above 1, and the trainer of this version does not divide a model yet (its layers do)"
+    for key in ("tensor", "context"):
+        if getattr(config.parallel, key) > 1:
+            _reject(f"parallel.{key}", getattr(config.parallel, key), rule, f"set parallel.{key}=1")
+    if config.parallel.sequence and tensor == 1:
+        rule = "is set, and divides the residual stream over the tensor ranks, of which there is one"
+        _reject("parallel.sequence", True, rule, "set parallel.sequence=false")
 
 
 def _check_memory(model: ModelConfig, memory: MemoryConfig) -> None:

@@ -72,7 +72,9 @@ BROKEN = {
         ["model.num_heads=8", "model.num_key_heads=2", "parallel.tensor=4"],
         ["model.num_key_heads=2", "parallel.tensor=4", "1 or 2"],
     ),
-    "tensor parallelism": (["parallel.tensor=2"], ["not tensor-parallel yet", "parallel.tensor=1"]),
+    "tensor parallelism": (["parallel.tensor=2"], ["does not divide a model yet", "parallel.tensor=1"]),
+    "context parallelism": (["parallel.context=2"], ["does not divide a model yet", "parallel.context=1"]),
+    "sequence parallelism alone": (["parallel.sequence=true"], ["parallel.sequence=True", "parallel.sequence=false"]),
     "attention with a memory": (["model=transformer_tiny"], ["model.backbone=attention", "memory=none"]),
     "a recurrent backbone without a memory": (["memory=none"], ["memory.policy=none", "memory=single"]),
     "attention with two head sizes": (

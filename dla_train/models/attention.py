@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from dla_train.config import ModelConfig
 from dla_train.models.backbone import split_heads
+from dla_train.models.context import to_heads, to_time
 from dla_train.models.linear import Linear
 from dla_train.models.mixer import Documents, PlanRecord, attention_mask
+from dla_train.parallel.axes import Axes
+from dla_train.parallel.sections import local_model
 
 
 @dataclass
@@ -69,9 +72,11 @@ def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
 class Attention(nn.Module):
     """Causal softmax attention within documents."""
 
-    def __init__(self, model: ModelConfig, *, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, axes: Axes, *, compute_dtype: torch.dtype) -> None:
+        """Sizes are this rank's part of the whole `model`."""
         super().__init__()
-        self.model = model
+        model = local_model(model, axes.tensor.size)
+        self.model, self.context = model, axes.context
         self.dtype = compute_dtype
         self.q = Linear(model.width, model.num_heads * model.key_dim)
         self.k = Linear(model.width, model.num_key_heads * model.key_dim)
@@ -89,6 +94,8 @@ class Attention(nn.Module):
         return_cache: bool = False,
     ) -> tuple[Tensor, KeyValueCache | None]:
         """hidden [B, T, D] -> (output [B, T, D], the cache or None). A given cache is extended in place.
+
+        Under context parallelism `hidden` holds this rank's run of the tokens, `documents` all of them.
 
         `record` and `gate_temperature` belong to bounded memories; attention keeps everything and decides nothing.
         """
@@ -119,14 +126,14 @@ class Attention(nn.Module):
         return KeyValueCache(keys, torch.zeros_like(keys), torch.zeros(batch, dtype=torch.int64, device=device))
 
     def _project(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q = split_heads(self.q(hidden), self.model.num_heads)
-        k, v = (split_heads(p(hidden), self.model.num_key_heads) for p in (self.k, self.v))
+        q = to_heads(split_heads(self.q(hidden), self.model.num_heads), self.context)
+        k, v = (to_heads(split_heads(p(hidden), self.model.num_key_heads), self.context) for p in (self.k, self.v))
         base = self.model.rope_base
         return rotate(q, positions, base), rotate(k, positions, base), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [B, T, H, K], k and v [B, T', Hk, K], mask None (causal, T = T') -> [B, T, D]."""
-        grouped = self.model.num_key_heads != self.model.num_heads
+        grouped = k.shape[2] != q.shape[2]
         read = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -135,4 +142,4 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=grouped,
         )
-        return self.out(read.transpose(1, 2).flatten(-2))
+        return self.out(to_time(read.transpose(1, 2), self.context).flatten(-2))

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dla_kernels import conv_window, short_conv
+from dla_train.models.context import to_heads
 from dla_train.models.linear import no_decay, wide_dtype
+from dla_train.parallel.axes import Axis
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Backbone(Protocol):
     """Factor on q^T S."""
     conv: ShortConv
     """Convolutions of the projections."""
+    conv_dims: tuple[int, ...]
+    """Channels of one head in each of `Projected.conv_inputs`."""
 
     def project(self, hidden: Tensor) -> Projected:
         """hidden [B, T, D] -> projections."""
@@ -66,17 +70,17 @@ class Backbone(Protocol):
         """Convolved projections -> what the memory consumes."""
         ...
 
-    def output(self, read: Tensor, inputs: StateInputs, projected: Projected) -> Tensor:
-        """What was read [B, T, H, V] -> output [B, T, D]."""
+    def output(self, read: Tensor, skip: Tensor | None, projected: Projected) -> Tensor:
+        """What was read [B, T, H, V], and the skip of the state inputs -> output [B, T, D]."""
         ...
 
 
 class ShortConv(nn.Module):
     """Causal depthwise convolution and SiLU of several projections, each with its own logical weight [C_i, W]."""
 
-    def __init__(self, channels: dict[str, int], width: int) -> None:
+    def __init__(self, channels: dict[str, int], width: int, context: Axis) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.context = width, context
         self.sizes = list(channels.values())
         if width:
             for name, size in channels.items():
@@ -88,12 +92,17 @@ class ShortConv(nn.Module):
         return sum(self.sizes) if self.width else 0
 
     def forward(self, inputs: tuple[Tensor, ...], positions: Tensor, history: Tensor | None) -> tuple[Tensor, ...]:
-        """inputs [B, T, C_i] each, positions [B, T], history [B, sum C_i, W-1] | None -> same shapes, after SiLU."""
+        """inputs [B, T, C_i] each, positions [B, T], history [B, sum C_i, W-1] | None -> same shapes, after SiLU.
+
+        Inputs may hold this context rank's part of the channels alone.
+        """
         if not self.width:
             return tuple(F.silu(x) for x in inputs)
-        weight = torch.cat(list(self.parameters(recurse=False)))
+        sizes = [x.shape[-1] for x in inputs]
+        taps = zip(self.parameters(recurse=False), sizes, strict=True)
+        weight = torch.cat([own_heads(w, size, self.context) for w, size in taps])
         mixed = short_conv(torch.cat(inputs, dim=-1), weight, positions=positions, history=history)
-        return tuple(mixed.split(self.sizes, dim=-1))
+        return tuple(mixed.split(sizes, dim=-1))
 
     def window(self, inputs: tuple[Tensor, ...], history: Tensor | None) -> Tensor | None:
         """The inputs a later call needs, [B, sum C_i, W-1]; None where no tap reaches back."""
@@ -105,18 +114,45 @@ class ShortConv(nn.Module):
 class Decay(nn.Module):
     """Step size and decay of a head: dt = softplus(input + dt_bias), log_decay = -exp(A_log) dt (Mamba-2's form)."""
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, context: Axis) -> None:
         super().__init__()
+        self.context = context
         self.A_log = no_decay(nn.Parameter(torch.empty(num_heads)))
         self.dt_bias = no_decay(nn.Parameter(torch.empty(num_heads)))
 
     def forward(self, decay_input: Tensor) -> tuple[Tensor, Tensor]:
         """decay_input [B, T, H] -> (dt, log_decay), both [B, T, H] float32."""
-        wide = wide_dtype(decay_input.dtype)
-        dt = F.softplus(decay_input.to(wide) + self.dt_bias)
-        return dt, -self.A_log.to(wide).exp() * dt
+        wide, heads = wide_dtype(decay_input.dtype), decay_input.shape[-1]
+        dt = F.softplus(decay_input.to(wide) + own_heads(self.dt_bias, heads, self.context))
+        return dt, -own_heads(self.A_log, heads, self.context).to(wide).exp() * dt
+
+
+def own_heads(parameter: Tensor, size: int, context: Axis) -> Tensor:
+    """The `size` rows of `parameter` that belong to the heads a context rank has inside the mixer: all, or its part."""
+    if parameter.shape[0] == size:
+        return parameter
+    return parameter.chunk(context.size)[context.rank]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, heads*dim] -> [B, T, heads, dim]."""
     return x.unflatten(-1, (heads, -1))
+
+
+def split_dims(x: Tensor, dim: int) -> Tensor:
+    """[B, T, heads*dim] -> [B, T, heads, dim], however many heads there are."""
+    return x.unflatten(-1, (-1, dim))
+
+
+def exchange_projected(projected: Projected, backbone: Backbone, context: Axis) -> Projected:
+    """What the memory needs, of all tokens and this context rank's heads; the output gate stays with its tokens."""
+    if context.size == 1:
+        return projected
+    parts = zip(projected.conv_inputs, backbone.conv_dims, strict=True)
+    write = projected.write_input
+    return Projected(
+        conv_inputs=tuple(to_heads(split_dims(x, dim), context).flatten(-2) for x, dim in parts),
+        decay_input=to_heads(projected.decay_input, context),
+        write_input=None if write is None else to_heads(write, context),
+        gate=projected.gate,
+    )

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from dla_kernels import gated_rms_norm, l2_normalize
 from dla_train.config import ModelConfig
-from dla_train.models.backbone import Decay, Projected, ShortConv, StateInputs, split_heads
+from dla_train.models.backbone import Decay, Projected, ShortConv, StateInputs, split_dims, split_heads
 from dla_train.models.linear import Linear, no_decay, wide_dtype
+from dla_train.parallel.axes import Axes
+from dla_train.parallel.sections import local_model
 
 
 class GatedHeadNorm(nn.Module):
@@ -33,10 +35,13 @@ class GatedHeadNorm(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Projections, decay, write strength and output stage of a Gated DeltaNet mixer."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, axes: Axes) -> None:
+        """Sizes are this rank's part of the whole `model`."""
         super().__init__()
-        self.heads, self.key_heads = model.num_heads, model.num_key_heads
+        model = local_model(model, axes.tensor.size)
+        self.key_dim, self.value_dim = model.key_dim, model.value_dim
         self.scale = model.key_dim**-0.5
+        self.conv_dims: tuple[int, ...] = (model.key_dim, model.key_dim, model.value_dim)
         keys, values = model.num_key_heads * model.key_dim, model.num_heads * model.value_dim
         self.q = Linear(model.width, keys)
         self.k = Linear(model.width, keys)
@@ -44,8 +49,8 @@ class GatedDeltaNet(nn.Module):
         self.a = Linear(model.width, model.num_heads)
         self.b = Linear(model.width, model.num_heads)
         self.gate = Linear(model.width, values)
-        self.conv = ShortConv({"q": keys, "k": keys, "v": values}, model.conv_width)
-        self.decay = Decay(model.num_heads)
+        self.conv = ShortConv({"q": keys, "k": keys, "v": values}, model.conv_width, axes.context)
+        self.decay = Decay(model.num_heads, axes.context)
         self.norm = GatedHeadNorm(model.value_dim, model.norm_eps)
         self.out = Linear(values, model.width)
 
@@ -58,11 +63,11 @@ class GatedDeltaNet(nn.Module):
     def state_inputs(self, mixed: tuple[Tensor, ...], projected: Projected) -> StateInputs:
         """Convolved q, k, v -> unit q and k, v, decay and write strength."""
         assert projected.write_input is not None
-        q, k = (l2_normalize(split_heads(x, self.key_heads)) for x in mixed[:2])
+        q, k = (l2_normalize(split_dims(x, self.key_dim)) for x in mixed[:2])
         _, log_decay = self.decay(projected.decay_input)
         beta = projected.write_input.to(wide_dtype(projected.write_input.dtype)).sigmoid()
-        return StateInputs(q, k, split_heads(mixed[2], self.heads), log_decay, beta, None)
+        return StateInputs(q, k, split_dims(mixed[2], self.value_dim), log_decay, beta, None)
 
-    def output(self, read: Tensor, inputs: StateInputs, projected: Projected) -> Tensor:
-        """read [B, T, H, V] -> [B, T, D]."""
+    def output(self, read: Tensor, skip: Tensor | None, projected: Projected) -> Tensor:
+        """read [B, T, H, V] -> [B, T, D]; `skip` is not used."""
         return self.out(self.norm(read, projected.gate))

@@ -36,6 +36,7 @@ from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.linear import no_decay
 from dla_train.models.memory_reads import LEARNED_TAU_RANGE
+from dla_train.parallel.sections import part_of, whole_shape
 
 Rule = Callable[[tuple[int, ...], torch.Generator, ModelConfig, MemoryConfig], Tensor]
 
@@ -138,8 +139,13 @@ def init_weights(model: LanguageModel, seed: int, *, device: torch.device | str 
         for name, parameter in model.named_parameters():
             if name in undecayed:
                 no_decay(parameter)
+        model.mark_parameters()
+    config, axis = model.model_config, model.axes.tensor
     for name, tensor in _named_tensors(model):
-        tensor.copy_(initial_value(name, tuple(tensor.shape), seed, model.model_config, model.memory_config))
+        whole = initial_value(
+            name, whole_shape(name, tensor.shape, config, axis.size), seed, config, model.memory_config
+        )
+        tensor.copy_(part_of(name, whole, config, axis))
     return model
 
 

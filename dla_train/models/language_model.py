@@ -6,6 +6,7 @@ backward, its memory plan is not (see recurrent.py). Build under `torch.device("
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from dla_kernels import MemoryPlan
 from dla_train.config import MemoryConfig, ModelConfig
-from dla_train.models.block import Block
+from dla_train.models.block import Block, enter
+from dla_train.models.context import check_context
 from dla_train.models.linear import Embedding, Linear, RMSNorm
+from dla_train.models.loss import next_token_loss
 from dla_train.models.mixer import Cache, Documents, Mixer, PlanRecord
 from dla_train.models.recurrent import RecurrentMixer
+from dla_train.parallel.axes import Axes
+from dla_train.parallel.sections import local_model, sum_partial_gradients
+from dla_train.parallel.vocab import vocab_parallel_loss
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,27 @@ class LanguageModel(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         recompute: bool = False,
         device: torch.device | str | None = None,
+        axes: Axes | None = None,
     ) -> None:
-        """Parameters are left uninitialised; `device` is where they are made (default: the current default device)."""
+        """Parameters are left uninitialised; `device` is where they are made (default: the current default device).
+
+        axes: the ranks that share this model (default: one). Raises ConfigError where it does not divide over them.
+        """
         super().__init__()
+        self.axes = axes = Axes.single() if axes is None else axes
+        check_context(model, axes)
+        rows = local_model(model, axes.tensor.size).vocab_size
         self.model_config, self.memory_config = model, memory
         self.compute_dtype, self.recompute = compute_dtype, recompute
         self.memory_plans: list[MemoryPlan | None] = []
         with torch.device(device if device is not None else torch.get_default_device()):
-            self.embedding = Embedding(model.vocab_size, model.width)
+            self.embedding = Embedding(model.vocab_size, model.width, axes.tensor)
             self.blocks = nn.ModuleList(
-                Block(model, memory, compute_dtype=compute_dtype) for _ in range(model.num_layers)
+                Block(model, memory, axes, compute_dtype=compute_dtype) for _ in range(model.num_layers)
             )
             self.final_norm = RMSNorm(model.width, model.norm_eps)
-            self.head = None if model.tie_embeddings else Linear(model.width, model.vocab_size)
+            self.head = None if model.tie_embeddings else Linear(model.width, rows)
+        self.mark_parameters()
 
     def forward(
         self,
@@ -67,6 +81,9 @@ class LanguageModel(nn.Module):
     ) -> LanguageModelOutput:
         """tokens [B, T] int64 -> logits [B, T, vocab].
 
+        Under tensor parallelism logits are those of this rank's vocabulary rows (`token_loss` takes them). Under
+        context parallelism tokens are this rank's run of every row, and cu_seqlens are of the whole rows.
+
         cu_seqlens [M+1]: document offsets into the flattened tokens, row edges included; None is one document a
         row. gate_temperature: of soft boundaries in training mode (default `memory.gate_temperature`); evaluation
         is always hard. caches: continue the first document of each row (use the returned ones afterwards).
@@ -78,8 +95,9 @@ class LanguageModel(nn.Module):
         temperature = self.memory_config.gate_temperature if gate_temperature is None else gate_temperature
         seen = caches[0].position if caches else None
         batch, length = tokens.shape
+        length *= self.axes.context.size
         documents = Documents.of(batch, length, cu_seqlens, seen=seen, device=tokens.device)
-        x = self.embedding(tokens, dtype=self.compute_dtype)
+        x = self.embedding(tokens, dtype=self.compute_dtype, scatter_time=self.axes.sequence)
         after: list[Cache] = []
         records = [PlanRecord() for _ in self.blocks]
         for index, (block, record) in enumerate(zip(self._blocks(), records, strict=True)):
@@ -88,14 +106,25 @@ class LanguageModel(nn.Module):
             if new_cache is not None:
                 after.append(new_cache)
         self.memory_plans = [record.plan for record in records] if keep_plans else []
-        return LanguageModelOutput(self._logits(x), after if return_caches else None)
+        return LanguageModelOutput(self._logits(x, self.axes), after if return_caches else None)
+
+    def token_loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """`next_token_loss` of logits [..., rows] as `forward` gives them and targets [...]: the same on every rank."""
+        if self.axes.tensor.size == 1:
+            return next_token_loss(logits, targets, z_loss)
+        return vocab_parallel_loss(logits, targets, self.axes.tensor, self.model_config.vocab_size, z_loss)
+
+    def mark_parameters(self) -> None:
+        """Have partial gradients summed over the tensor axis, for the parameters the model has now."""
+        sum_partial_gradients(self, self.model_config, self.axes.tensor, sequence=self.axes.sequence)
 
     def step(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Decode one token a sequence: tokens [B] int64 -> logits [B, vocab]; `caches` are updated in place."""
+        whole = dataclasses.replace(self.axes, sequence=False)
         x = self.embedding(tokens, dtype=self.compute_dtype)
         for block, cache in zip(self._blocks(), caches, strict=True):
             x = block.step(x, cache)
-        return self._logits(x)
+        return self._logits(x, whole)
 
     def empty_caches(self, batch: int, max_tokens: int, *, device: torch.device | None = None) -> list[Cache]:
         """Caches before a first token; only attention's depend on `max_tokens`. Default device: the parameters'."""
@@ -107,7 +136,8 @@ class LanguageModel(nn.Module):
 
         A document's first token is no decision and counts as no boundary. Zeros for attention. This rank's tokens only.
         """
-        empty = torch.zeros(self.model_config.num_heads, 3, dtype=torch.float64, device=self.embedding.weight.device)
+        heads = self.model_config.num_heads // self.axes.tensor.size
+        empty = torch.zeros(heads, 3, dtype=torch.float64, device=self.embedding.weight.device)
         return torch.stack([m.statistics if isinstance(m, RecurrentMixer) else empty for m in self._mixers()]).clone()
 
     def reset_memory_statistics(self) -> None:
@@ -145,6 +175,6 @@ class LanguageModel(nn.Module):
             return checkpoint(block, x, documents, record, temperature, cache, return_cache, use_reentrant=False)
         return block(x, documents, record, temperature, cache, return_cache)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        x = self.final_norm(x)
+    def _logits(self, x: Tensor, axes: Axes) -> Tensor:
+        x = enter(self.final_norm(x), axes)
         return self.embedding(x, unembed=True) if self.head is None else self.head(x)

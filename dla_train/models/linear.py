@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dla_kernels import rms_norm
+from dla_train.parallel.axes import Axis
+from dla_train.parallel.vocab import embed, padded_vocab
 
 
 def no_decay(parameter: nn.Parameter) -> nn.Parameter:
@@ -38,17 +40,24 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding `weight` [vocab, D], usable in both directions so that tying needs no aliased parameter."""
+    """Token embedding `weight` [rows, D], usable in both directions so that tying needs no aliased parameter.
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    Under tensor parallelism a rank has a run of the (padded) vocabulary's rows.
+    """
+
+    def __init__(self, vocab_size: int, width: int, axis: Axis) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.vocab_size, self.axis = vocab_size, axis
+        self.weight = nn.Parameter(torch.empty(padded_vocab(vocab_size, axis.size) // axis.size, width))
 
-    def forward(self, x: Tensor, *, dtype: torch.dtype = torch.float32, unembed: bool = False) -> Tensor:
-        """tokens [...] int64 -> [..., D] in `dtype`; with `unembed`, [..., D] -> logits [..., vocab] in its dtype."""
+    def forward(
+        self, x: Tensor, *, dtype: torch.dtype = torch.float32, unembed: bool = False, scatter_time: bool = False
+    ) -> Tensor:
+        """tokens [B, T] int64 -> [B, T, D] in `dtype`, with scatter_time this rank's slice along time; with `unembed`,
+        [..., D] -> logits [..., rows] in its dtype."""
         if unembed:
             return F.linear(x, self.weight.to(x.dtype))
-        return F.embedding(x, self.weight).to(dtype)
+        return embed(x, self.weight, self.axis, self.vocab_size, dtype=dtype, scatter_time=scatter_time)
 
 
 class RMSNorm(nn.Module):

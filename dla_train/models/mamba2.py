@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from dla_kernels import rms_norm
 from dla_train.config import ModelConfig
-from dla_train.models.backbone import Decay, Projected, ShortConv, StateInputs, split_heads
+from dla_train.models.backbone import Decay, Projected, ShortConv, StateInputs, split_dims
 from dla_train.models.linear import Linear, no_decay, wide_dtype
+from dla_train.parallel.axes import Axes, Axis
+from dla_train.parallel.regions import total
+from dla_train.parallel.sections import local_model
 
 
 class SkipGatedNorm(nn.Module):
     """y = read + D x, then RMSNorm(y silu(z)) * weight by group of heads."""
 
-    def __init__(self, num_heads: int, groups: int, value_dim: int, eps: float) -> None:
+    def __init__(self, num_heads: int, groups: int, value_dim: int, eps: float, spread: Axis) -> None:
+        """`spread`: the ranks that share one group of heads (a group of one where groups do not cross ranks)."""
         super().__init__()
-        self.groups = groups
+        self.groups, self.spread = groups, spread
         self.eps = eps
         self.D = no_decay(nn.Parameter(torch.empty(num_heads)))
         self.weight = no_decay(nn.Parameter(torch.empty(num_heads * value_dim)))
@@ -33,26 +37,37 @@ class SkipGatedNorm(nn.Module):
         wide = wide_dtype(gate.dtype)
         y = read.to(wide) + self.D[:, None] * skip.to(wide)
         gated = y.flatten(-2) * F.silu(gate.to(wide))
-        normed = rms_norm(gated.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
+        normed = self._normalized(gated.unflatten(-1, (self.groups, -1))).flatten(-2)
         return (normed * self.weight).to(gate.dtype)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """RMSNorm over the last axis, which other ranks of `spread` have more of."""
+        if self.spread.size == 1:
+            return rms_norm(x, None, self.eps)
+        squares = total(x.square().sum(-1, keepdim=True), self.spread)
+        return x * torch.rsqrt(squares / (x.shape[-1] * self.spread.size) + self.eps)
 
 
 class Mamba2(nn.Module):
     """Projections, decay and output stage of a Mamba-2 mixer."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, axes: Axes) -> None:
+        """Sizes are this rank's part of the whole `model`."""
         super().__init__()
-        self.heads, self.groups = model.num_heads, model.num_key_heads
+        spread = axes.tensor if model.num_key_heads == 1 else Axis.single()
+        model = local_model(model, axes.tensor.size)
+        self.key_dim, self.value_dim = model.key_dim, model.value_dim
         self.scale = 1.0
+        self.conv_dims: tuple[int, ...] = (model.value_dim, model.key_dim, model.key_dim)
         inner, state = model.num_heads * model.value_dim, model.num_key_heads * model.key_dim
         self.z = Linear(model.width, inner)
         self.x = Linear(model.width, inner)
         self.B = Linear(model.width, state)
         self.C = Linear(model.width, state)
         self.dt = Linear(model.width, model.num_heads)
-        self.conv = ShortConv({"x": inner, "B": state, "C": state}, model.conv_width)
-        self.decay = Decay(model.num_heads)
-        self.norm = SkipGatedNorm(model.num_heads, model.num_key_heads, model.value_dim, model.norm_eps)
+        self.conv = ShortConv({"x": inner, "B": state, "C": state}, model.conv_width, axes.context)
+        self.decay = Decay(model.num_heads, axes.context)
+        self.norm = SkipGatedNorm(model.num_heads, model.num_key_heads, model.value_dim, model.norm_eps, spread)
         self.out = Linear(inner, model.width)
 
     def project(self, hidden: Tensor) -> Projected:
@@ -62,15 +77,15 @@ class Mamba2(nn.Module):
     def state_inputs(self, mixed: tuple[Tensor, ...], projected: Projected) -> StateInputs:
         """Convolved x, B, C -> q = C, k = B, v = dt x."""
         x, k, q = (
-            split_heads(mixed[0], self.heads),
-            split_heads(mixed[1], self.groups),
-            split_heads(mixed[2], self.groups),
+            split_dims(mixed[0], self.value_dim),
+            split_dims(mixed[1], self.key_dim),
+            split_dims(mixed[2], self.key_dim),
         )
         dt, log_decay = self.decay(projected.decay_input)
         v = (dt[..., None] * x).to(x.dtype)
         return StateInputs(q, k, v, log_decay, None, x)
 
-    def output(self, read: Tensor, inputs: StateInputs, projected: Projected) -> Tensor:
-        """read [B, T, H, V] -> [B, T, D]."""
-        assert inputs.skip is not None
-        return self.out(self.norm(read, inputs.skip, projected.gate))
+    def output(self, read: Tensor, skip: Tensor | None, projected: Projected) -> Tensor:
+        """read, skip [B, T, H, V] -> [B, T, D]."""
+        assert skip is not None
+        return self.out(self.norm(read, skip, projected.gate))

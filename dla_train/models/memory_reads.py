@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from dla_kernels import MemoryPlan, MergeCache, content_read_weights, l2_normalize, log_linear_levels, slot_affinity
 from dla_train.config import MemoryConfig, ModelConfig
-from dla_train.models.backbone import StateInputs, split_heads
+from dla_train.models.backbone import StateInputs, own_heads, split_heads
+from dla_train.models.context import to_heads
 from dla_train.models.linear import Linear, no_decay, wide_dtype
+from dla_train.parallel.axes import Axis
 
 SOFTPLUS_ONE = math.log(math.e - 1)
 """softplus(SOFTPLUS_ONE) == 1, exactly in float32."""
@@ -84,9 +86,9 @@ class RoutingTerms:
 class Routing(nn.Module):
     """Routing queries and keys (q and k themselves, or own projections) with a gain and a sharpness per head."""
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, context: Axis) -> None:
         super().__init__()
-        self.key_heads = model.num_key_heads
+        self.key_heads, self.context = model.num_key_heads, context
         self.projected = memory.routing == "projected"
         self.dim = memory.routing_dim if self.projected else model.key_dim
         if self.projected:
@@ -98,19 +100,22 @@ class Routing(nn.Module):
     def forward(self, hidden: Tensor, inputs: StateInputs) -> RoutingTerms:
         """hidden [B, T, D] and the state inputs -> routing terms."""
         if self.projected:
-            rho, kappa = (split_heads(p(hidden), self.key_heads) for p in (self.rho, self.kappa))
+            split = (split_heads(p(hidden), self.key_heads) for p in (self.rho, self.kappa))
+            rho, kappa = (to_heads(x, self.context) for x in split)
         else:
             rho, kappa = inputs.q, inputs.k
         gain = self.gain + (self.gain.clamp_min(0) - self.gain).detach()
-        return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, self.log_sharpness.exp())
+        heads = inputs.v.shape[2]
+        gain, sharpness = (own_heads(x, heads, self.context) for x in (gain, self.log_sharpness.exp()))
+        return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, sharpness)
 
 
 class MemoryReader(nn.Module):
     """Threshold and read weights of one layer's memory."""
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, context: Axis) -> None:
         super().__init__()
-        self.heads = model.num_heads
+        self.heads, self.context = model.num_heads // context.size, context
         self.capacity = 1 if memory.policy == "single" else memory.capacity
         self.levels = memory.levels if memory.policy == "log_linear" else None
         self.chunk = memory.chunk_tokens or None
@@ -118,20 +123,27 @@ class MemoryReader(nn.Module):
         self.tau = Tau(model.num_heads, memory.tau_control) if memory.policy == "dla" else None
         outputs = self.levels or self.capacity
         self.slots = None if memory.read == "unit" else SlotWeights(model.width, model.num_heads, outputs)
-        self.routing = Routing(model, memory) if memory.read == "content" else None
+        self.routing = Routing(model, memory, context) if memory.read == "content" else None
 
     @property
     def routing_dim(self) -> int:
         """R of the cache's key sums; 0 without content reading."""
         return self.routing.dim if self.routing is not None else 0
 
+    def own_tau(self) -> Tensor:
+        """[H] float32: thresholds of the heads this rank's memory holds."""
+        assert self.tau is not None
+        return own_heads(self.tau(), self.heads, self.context)
+
     def slot_weights(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Slot form by recency rank: hidden [B, T, D], positions [B, T] -> [B, T, H, S] float32."""
-        batch, tokens, _ = hidden.shape
+        """Slot form by recency rank: hidden [B, T, D], positions [B, T] -> [B, T, H, S] float32.
+
+        Under context parallelism hidden holds this rank's tokens, positions and the result all of them, H its heads.
+        """
         if self.slots is None:
-            shape = (batch, tokens, self.heads, self.capacity)
+            shape = (*positions.shape, self.heads, self.capacity)
             return torch.ones(shape, dtype=wide_dtype(hidden.dtype), device=hidden.device)
-        weights = self.slots(hidden)
+        weights = to_heads(self.slots(hidden), self.context)
         if self.levels is None:
             return weights
         levels = log_linear_levels(positions, self.capacity, self.levels)
@@ -146,7 +158,5 @@ class MemoryReader(nn.Module):
             return slot, None
         terms = self.routing(hidden, inputs)
         affinity = slot_affinity(terms.rho, terms.kappa, plan, cache=cache, chunk_size=self.chunk, backend=self.backend)
-        weights = content_read_weights(
-            slot, affinity, gain=terms.gain, sharpness=terms.sharpness, backend=self.backend
-        )
+        weights = content_read_weights(slot, affinity, gain=terms.gain, sharpness=terms.sharpness, backend=self.backend)
         return weights, terms

@@ -20,12 +20,15 @@ from dla_kernels import (
     plan_memory,
 )
 from dla_train.config import MemoryConfig, ModelConfig
-from dla_train.models.backbone import Backbone, Projected, StateInputs
+from dla_train.models.backbone import Backbone, Projected, StateInputs, exchange_projected
+from dla_train.models.context import to_time
 from dla_train.models.gated_deltanet import GatedDeltaNet
 from dla_train.models.linear import wide_dtype
 from dla_train.models.mamba2 import Mamba2
 from dla_train.models.memory_reads import CONTROLLED_TAU_RANGE, MemoryReader
 from dla_train.models.mixer import Documents, PlanRecord
+from dla_train.parallel.axes import Axes
+from dla_train.parallel.sections import local_model
 
 BACKBONES: dict[str, type[GatedDeltaNet] | type[Mamba2]] = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
 
@@ -35,12 +38,14 @@ class RecurrentMixer(nn.Module):
 
     statistics: Tensor
 
-    def __init__(self, model: ModelConfig, memory: MemoryConfig, *, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, memory: MemoryConfig, axes: Axes, *, compute_dtype: torch.dtype) -> None:
+        """Sizes are this rank's part of the whole `model`."""
         super().__init__()
-        self.model, self.memory = model, memory
+        self.backbone: Backbone = BACKBONES[model.backbone](model, axes)
+        model = local_model(model, axes.tensor.size)
+        self.model, self.memory, self.context = model, memory, axes.context
         self.dtype = compute_dtype
-        self.backbone: Backbone = BACKBONES[model.backbone](model)
-        self.reader = MemoryReader(model, memory)
+        self.reader = MemoryReader(model, memory, axes.context)
         self.register_buffer("statistics", torch.zeros(model.num_heads, 3, dtype=torch.float64), persistent=False)
 
     def forward(
@@ -54,6 +59,8 @@ class RecurrentMixer(nn.Module):
         return_cache: bool = False,
     ) -> tuple[Tensor, MergeCache | None]:
         """hidden [B, T, D] -> (output [B, T, D], cache after the last token or None). `cache` is left as it is."""
+        if self.context.size > 1 and (cache is not None or return_cache):
+            raise ValueError("caches need parallel.context=1: decoding divides heads over parallel.tensor alone")
         projected, inputs = self._state_inputs(hidden, documents.positions, cache)
         if record.plan is None:
             record.plan = self._decide(inputs, documents, cache)
@@ -79,10 +86,11 @@ class RecurrentMixer(nn.Module):
             chunk_size=self.reader.chunk,
         )
         if isinstance(read, Tensor):
-            return self.backbone.output(read, inputs, projected), None
+            skip = None if inputs.skip is None else to_time(inputs.skip, self.context)
+            return self.backbone.output(to_time(read, self.context), skip, projected), None
         after = read[1]
         after.conv = self.backbone.conv.window(projected.conv_inputs, cache.conv if cache is not None else None)
-        return self.backbone.output(read[0], inputs, projected), after
+        return self.backbone.output(read[0], inputs.skip, projected), after
 
     def step(self, hidden: Tensor, cache: MergeCache) -> Tensor:
         """One token: hidden [B, D] -> [B, D]; `cache` is updated in place. Boundaries are hard."""
@@ -114,7 +122,7 @@ class RecurrentMixer(nn.Module):
         window = self.backbone.conv.window(projected.conv_inputs, cache.conv)
         if window is not None and cache.conv is not None:
             cache.conv.copy_(window)
-        return self.backbone.output(read[:, None], inputs, projected)[:, 0]
+        return self.backbone.output(read[:, None], inputs.skip, projected)[:, 0]
 
     def empty_cache(self, batch: int, max_tokens: int, *, device: torch.device | None = None) -> MergeCache:
         """The memory before a sequence's first token; its size does not depend on `max_tokens`."""
@@ -148,13 +156,15 @@ class RecurrentMixer(nn.Module):
     def _state_inputs(
         self, hidden: Tensor, positions: Tensor, cache: MergeCache | None
     ) -> tuple[Projected, StateInputs]:
+        """The projections of this rank's tokens, and what the memory of its heads consumes of all tokens."""
         projected = self.backbone.project(hidden)
         history = cache.conv if cache is not None else None
-        mixed = self.backbone.conv(projected.conv_inputs, positions, history)
-        return projected, self.backbone.state_inputs(mixed, projected)
+        of_heads = exchange_projected(projected, self.backbone, self.context)
+        mixed = self.backbone.conv(of_heads.conv_inputs, positions, history)
+        return projected, self.backbone.state_inputs(mixed, of_heads)
 
     def _tau(self) -> Tensor | float:
-        return self.reader.tau() if self.reader.tau is not None else self.memory.tau
+        return self.reader.own_tau() if self.reader.tau is not None else self.memory.tau
 
     @torch.no_grad()
     def _decide(self, inputs: StateInputs, documents: Documents, cache: MergeCache | None) -> MemoryPlan:
@@ -185,7 +195,7 @@ class RecurrentMixer(nn.Module):
         if self.reader.tau is None or not self._gated():
             return None
         score = boundary_score(inputs.k, inputs.v, plan)
-        return boundary_gate(score, plan, tau=self.reader.tau(), temperature=temperature, gate=self.memory.gate)
+        return boundary_gate(score, plan, tau=self.reader.own_tau(), temperature=temperature, gate=self.memory.gate)
 
     def _gated(self) -> bool:
         """Whether boundaries carry a gate: decided by drift, between several slots, and in training mode."""
@@ -195,6 +205,7 @@ class RecurrentMixer(nn.Module):
     def _count(self, plan: MemoryPlan) -> None:
         """Add to [H, 3]: boundaries (a document's first token is no decision and not counted), tokens, live slots."""
         decided = plan.boundary & (plan.positions > 0)[..., None]
-        tokens = torch.full_like(self.statistics[:, 1], plan.positions.numel())
+        own = self.statistics.chunk(self.context.size)[self.context.rank]
+        tokens = torch.full_like(own[:, 1], plan.positions.numel())
         counted = [decided.sum((0, 1)), tokens, plan.live_slots().sum((0, 1))]
-        self.statistics += torch.stack([c.to(self.statistics) for c in counted], dim=-1)
+        own += torch.stack([c.to(own) for c in counted], dim=-1)

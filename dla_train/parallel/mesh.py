@@ -1,16 +1,22 @@
 """The ranks of a run, its device, and the few collectives the trainer uses.
 
-Owns the process group: this is the only place that makes or destroys one. A single process gets a group of one rank
+Owns the process groups: this is the only place that makes or destroys one. A single process gets a group of one rank
 (over an in-memory store, no port), so every caller takes the same path at any world size; a group that already exists
 is used and left alone. Numbers travel in float64 and decisions as flags, so that every rank reads the same value at
 the same step.
+
+The groups of tensor and context parallelism are megatron-core's (tensor ranks are neighbours, then context, then data),
+made only where one of them is above 1: importing megatron takes seconds.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,46 +24,76 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dla_train.config import Config, ConfigError
+from dla_train.parallel.axes import Axes, Axis
 
 
 @dataclass
 class Mesh:
-    """Data-parallel ranks and the device of this one. Use as a context manager: leaving it ends a group it made."""
+    """The ranks of a run and the device of this one. Use as a context manager: leaving it ends the groups it made."""
 
     rank: int
     """This process, 0 to size - 1."""
     size: int
-    """Processes of the run, all data-parallel."""
+    """Processes of the run."""
     device: torch.device
     """Where this rank computes."""
     owns_group: bool
     """Whether the process group was made here."""
+    axes: Axes = field(default_factory=Axes.single)
+    """This process's place on each axis along which the run is divided."""
+    owns_axes: bool = False
+    """Whether the groups of `axes` were made here."""
 
     @classmethod
     def start(cls, config: Config) -> Mesh:
-        """Join the ranks that torchrun started, or make a group of one. Raises ConfigError on an absent device."""
-        device = pick_device(config.train.device)
+        """Join the ranks that torchrun started, or make a group of one.
+
+        Raises ConfigError on an absent device and where tensor and context do not divide the ranks.
+        """
+        parallel, device = config.parallel, pick_device(config.train.device)
         owns_group = not dist.is_initialized()
-        if owns_group:
-            _start_group(_group_backend(config.parallel.backend, device), config.parallel.timeout_minutes)
-        return cls(rank=dist.get_rank(), size=dist.get_world_size(), device=device, owns_group=owns_group)
+        with ExitStack() as undo:
+            if owns_group:
+                _start_group(_group_backend(parallel.backend, device), parallel.timeout_minutes)
+                undo.callback(dist.destroy_process_group)
+            owns_axes = parallel.tensor * parallel.context > 1 and not _parallel_state().model_parallel_is_initialized()
+            axes = start_axes(parallel.tensor, parallel.context, parallel.sequence, parallel.timeout_minutes)
+            undo.pop_all()
+        return cls(dist.get_rank(), dist.get_world_size(), device, owns_group, axes, owns_axes)
 
     def __enter__(self) -> Mesh:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.owns_axes:
+            end_axes(self.axes)
         if self.owns_group:
             dist.destroy_process_group()
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows this process reads: 0 to data_size - 1."""
+        return self.axes.data.rank
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts the rows of a batch are divided."""
+        return self.axes.data.size
 
     @property
     def is_writer(self) -> bool:
         """Whether this rank writes files and shows progress."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` (any shape and dtype) over the ranks, the same on each; the input is left alone."""
+    def sum(self, values: Tensor, axis: Axis | None = None) -> Tensor:
+        """Sum of `values` (any shape and dtype) over `axis` (default: all processes), the same on each of its ranks.
+
+        The input is left alone.
+        """
         total = values.detach().to(self.device, copy=True)
-        if self.size > 1:
+        if axis is not None and axis.size > 1:
+            dist.all_reduce(total, group=axis.process_group())
+        elif axis is None and self.size > 1:
             dist.all_reduce(total)
         return total
 
@@ -83,6 +119,51 @@ class Mesh:
         """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
+
+
+def start_axes(tensor: int = 1, context: int = 1, sequence: bool = False, timeout_minutes: float = 10.0) -> Axes:
+    """Divide the processes of the started group into tensor x context x data ranks; `end_axes` undoes it. Collective.
+
+    Groups of the same layout that exist already are used. `sequence` is noted, it needs no group. Raises ConfigError
+    where tensor x context does not divide the processes, RuntimeError where groups of another layout exist.
+    """
+    ranks = dist.get_world_size()
+    if ranks % (tensor * context):
+        raise ConfigError(
+            f"parallel.tensor={tensor} x parallel.context={context} does not divide the {ranks} processes of this run; "
+            f"start a multiple of {tensor * context}, or choose a product from {_divisors(ranks)}"
+        )
+    if tensor * context == 1:
+        every = _axis(dist.group.WORLD)
+        return Axes(data=every, tensor=Axis.single(), context=Axis.single(), batch=every, sequence=sequence)
+    groups = _parallel_state()
+    if groups.model_parallel_is_initialized():
+        _check_same_layout(groups, tensor, context)
+    else:
+        groups.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            context_parallel_size=context,
+            create_gloo_process_groups=False,  # a second copy of the data groups that nothing here uses
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    return Axes(
+        data=_axis(groups.get_data_parallel_group()),
+        tensor=_axis(groups.get_tensor_model_parallel_group()),
+        context=_axis(groups.get_context_parallel_group()),
+        batch=_axis(groups.get_data_parallel_group(with_context_parallel=True)),
+        sequence=sequence,
+    )
+
+
+def end_axes(axes: Axes) -> None:
+    """Destroy the groups that `start_axes` made, of which some are megatron's alone; the process group stays."""
+    if axes.tensor.size * axes.context.size == 1:
+        return
+    groups = _parallel_state()
+    made = groups._global_process_group_list  # megatron forgets its groups without destroying them
+    for group in made[1:]:  # the first stands for the process group itself
+        dist.destroy_process_group(group)
+    groups.destroy_model_parallel()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -111,3 +192,32 @@ def _start_group(backend: str, timeout_minutes: float) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _axis(group: dist.ProcessGroup | None) -> Axis:
+    """This rank's place in a group; a group of one rank is a single axis, over which nobody communicates."""
+    size = dist.get_world_size(group)
+    return Axis.single() if size == 1 else Axis(rank=dist.get_rank(group), size=size, group=group)
+
+
+def _parallel_state() -> ModuleType:
+    with warnings.catch_warnings():
+        # its import warns about absent Apex and Transformer Engine, of which only the groups are used here, and,
+        # inside torch, about torch.jit
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from megatron.core import parallel_state
+    return parallel_state
+
+
+def _check_same_layout(groups: ModuleType, tensor: int, context: int) -> None:
+    started = (groups.get_tensor_model_parallel_world_size(), groups.get_context_parallel_world_size())
+    if started != (tensor, context):
+        raise RuntimeError(
+            f"parallel.tensor={tensor} and parallel.context={context} were asked for while groups of tensor="
+            f"{started[0]} and context={started[1]} exist; leave the mesh that made them first"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(part) for part in range(1, number + 1) if number % part == 0)

@@ -5,12 +5,13 @@ import torch
 
 from dla_train.models.attention import Attention, rotate
 from dla_train.models.mixer import Documents, PlanRecord, attention_mask
+from dla_train.parallel.axes import Axes
 
 
 @pytest.fixture
 def attention(tiny):
     model, _ = tiny("attention", "none")
-    layer = Attention(model, compute_dtype=torch.float64).double()
+    layer = Attention(model, Axes.single(), compute_dtype=torch.float64).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():

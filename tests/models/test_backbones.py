@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dla_train.models.block import build_mixer
 from dla_train.models.mixer import Documents, PlanRecord
+from dla_train.parallel.axes import Axes
 
 
 def convolved(x, weight):
@@ -55,7 +56,9 @@ BY_THE_BOOK = {"mamba2": mamba2_by_the_book, "gated_deltanet": gated_deltanet_by
 @pytest.mark.parametrize("backbone", ["mamba2", "gated_deltanet"])
 @torch.no_grad()
 def test_single_state_mixer_equals_the_published_recurrence(tiny, backbone, groups):
-    mixer = build_mixer(*tiny(backbone, "single", num_key_heads=groups), compute_dtype=torch.float64).double()
+    mixer = build_mixer(
+        *tiny(backbone, "single", num_key_heads=groups), Axes.single(), compute_dtype=torch.float64
+    ).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in mixer.parameters():
         parameter.normal_(0, 0.7, generator=generator)

@@ -5,10 +5,11 @@ import torch
 
 from dla_train.models.backbone import StateInputs
 from dla_train.models.memory_reads import MemoryReader, Tau
+from dla_train.parallel.axes import Axis
 
 
 def reader_of(configs, dtype=torch.float32):
-    reader = MemoryReader(*configs).to(dtype)
+    reader = MemoryReader(*configs, Axis.single()).to(dtype)
     with torch.no_grad():
         for tensor in (*reader.parameters(), *reader.buffers()):
             tensor.zero_()

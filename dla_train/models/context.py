@@ -1,0 +1,42 @@
+"""Context parallelism inside a mixer: tokens are exchanged for heads and back (docs/parallelism.md).
+
+Outside mixers a rank has a run of every row's tokens, inside all tokens of a part of the heads. Heads are independent
+and a head's memory sees its whole row on one rank, so this is exact: no decision crosses a rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dla_train.config import ConfigError, ModelConfig
+from dla_train.parallel.axes import Axes, Axis
+from dla_train.parallel.regions import exchange, gather_along
+
+
+def to_heads(x: Tensor, context: Axis) -> Tensor:
+    """[B, T/ranks, heads, ...] -> [B, T, heads/ranks, ...]; a single head, which all share, goes to every rank."""
+    if context.size == 1:
+        return x
+    if x.shape[2] == 1:
+        return gather_along(x, context, 1)
+    return exchange(x, context, split_dim=2, join_dim=1)
+
+
+def to_time(x: Tensor, context: Axis) -> Tensor:
+    """[B, T, heads/ranks, ...] -> [B, T/ranks, heads, ...]."""
+    return exchange(x, context, split_dim=1, join_dim=2) if context.size > 1 else x
+
+
+def check_context(model: ModelConfig, axes: Axes) -> None:
+    """Raises ConfigError where the heads of a tensor rank do not divide over the context ranks, with what would."""
+    ranks = axes.context.size
+    for key, count in (("num_heads", model.num_heads), ("num_key_heads", model.num_key_heads)):
+        if key == "num_key_heads" and count == 1:
+            continue
+        local = count // axes.tensor.size
+        if local % ranks and not (key == "num_key_heads" and local == 1):
+            legal = ", ".join(str(n) for n in range(1, local + 1) if local % n == 0)
+            raise ConfigError(
+                f"model.{key}={count} leaves {local} heads on each of parallel.tensor={axes.tensor.size} ranks, not "
+                f"divisible by parallel.context={ranks}; choose parallel.context from {legal}"
+            )

@@ -1,0 +1,41 @@
+"""One rank of `ranks.run_on_ranks`: `rank_worker MODULE SPEC`, SPEC a JSON list of checks; writes beside SPEC.
+
+<index>.<rank>.pt is what a check returned, <index>.<rank>.failed the traceback of one that raised. An exception then
+ends the rank, and with it the run: the other ranks may be waiting for this one in a collective.
+"""
+
+import importlib
+import json
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dla_train.parallel.mesh import end_axes, start_axes
+
+
+def main() -> None:
+    module, spec = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for index, check in enumerate(json.loads(spec.read_text())):
+        written = f"{spec.parent}/{index}.{dist.get_rank()}"
+        try:
+            axes = start_axes(check["tensor"], check["context"], check["sequence"])
+            result = getattr(module, check["function"])(axes, **check["arguments"])
+            end_axes(axes)
+        except Exception:
+            Path(f"{written}.failed").write_text(traceback.format_exc())
+            raise
+        torch.save(result, f"{written}.part")
+        Path(f"{written}.part").rename(f"{written}.pt")  # another rank's failure may end this one at any moment
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
