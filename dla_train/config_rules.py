@@ -165,13 +165,35 @@ def _check_tensor_degree(config: Config) -> None:
         if value % tensor and not (shared and key == "model.num_key_heads"):
             mend = f"choose parallel.tensor from {_listed(legal)}"
             _reject(key, value, f"is not divisible by parallel.tensor={tensor}", mend)
-    rule = "is above 1, and the trainer of this version does not divide a model yet (its layers do)"
+    rule = "is above 1, and the DeepSpeed engine of this version divides no model yet"
     for key in ("tensor", "context"):
-        if getattr(config.parallel, key) > 1:
-            _reject(f"parallel.{key}", getattr(config.parallel, key), rule, f"set parallel.{key}=1")
+        if getattr(config.parallel, key) > 1 and config.engine.name == "deepspeed":
+            _reject(f"parallel.{key}", getattr(config.parallel, key), rule, f"set parallel.{key}=1 or engine=local")
+    if model.mlp_width % tensor:
+        legal = [n for n in legal if model.mlp_width % n == 0]
+        rule = f"is not divisible by parallel.tensor={tensor}"
+        _reject("model.mlp_width", model.mlp_width, rule, f"choose parallel.tensor from {_listed(legal)}")
+    _check_context_ranks(config)
     if config.parallel.sequence and tensor == 1:
         rule = "is set, and divides the residual stream over the tensor ranks, of which there is one"
         _reject("parallel.sequence", True, rule, "set parallel.sequence=false")
+
+
+def _check_context_ranks(config: Config) -> None:
+    """Inside mixers a context rank has whole rows of some heads, outside them some tokens of whole rows."""
+    ranks, tensor, model = config.parallel.context, config.parallel.tensor, config.model
+    for key, count in (("model.num_heads", model.num_heads), ("model.num_key_heads", model.num_key_heads)):
+        local = max(count // tensor, 1)
+        if local % ranks and not (key == "model.num_key_heads" and local == 1):
+            legal = [n for n in range(1, local + 1) if local % n == 0]
+            rule = f"leaves {local} a rank of parallel.tensor={tensor}, not divisible by parallel.context={ranks}"
+            _reject(key, count, rule, f"choose parallel.context from {_listed(legal)}")
+    along_time = ranks * (tensor if config.parallel.sequence else 1)
+    if config.data.context_tokens % along_time:
+        rule = f"is not divisible by the {along_time} ranks along time (parallel.context; x tensor with sequence)"
+        near = config.data.context_tokens // along_time * along_time
+        mend = f"choose {near + along_time}" + (f" or {near}" if near else "")
+        _reject("data.context_tokens", config.data.context_tokens, rule, mend)
 
 
 def _check_memory(model: ModelConfig, memory: MemoryConfig) -> None:
@@ -263,7 +285,7 @@ def _check_schedule(config: Config) -> None:
 
 
 def _check_batch(config: Config, world_size: int) -> None:
-    train, ranks = config.train, world_size // config.parallel.tensor
+    train, ranks = config.train, max(1, world_size // (config.parallel.tensor * config.parallel.context))
     rows = train.micro_batch_rows * ranks
     if train.global_batch_rows % rows:
         per_step = f"train.micro_batch_rows={train.micro_batch_rows} x {ranks} data-parallel rank{'s' * (ranks > 1)}"

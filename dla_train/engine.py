@@ -26,11 +26,13 @@ from dla_train.logical_state import (
     load_moments,
     module_tensors,
     moments,
+    parameter_of,
     persistent_buffers,
     state_shapes,
 )
 from dla_train.optim import build_optimizer
 from dla_train.parallel.mesh import Mesh
+from dla_train.parallel.sections import part_of, whole_of, whole_shape
 
 BUCKET_ELEMENTS = 2**26
 """Most gradient elements in one all-reduce of the local engine (256 MiB)."""
@@ -47,8 +49,8 @@ class StepResult:
 class Engine(Protocol):
     """Backward, step, and logical state. Every method is collective: all ranks call it, in the same order."""
 
-    module: nn.Module
-    """What to call for a forward pass."""
+    module: Any
+    """What to call for a forward pass: the model, or what passes everything on to it."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`. The losses of all micro-batches and ranks **sum** to the loss of the step.
@@ -77,11 +79,11 @@ def build_engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:
 
 
 class LocalEngine:
-    """Plain PyTorch: AdamW, gradients summed over the ranks in flat buckets; every rank keeps the whole state."""
+    """Plain PyTorch: AdamW, gradients summed over data and context ranks in flat buckets; divides no state by itself."""
 
     def __init__(self, config: Config, model: nn.Module, mesh: Mesh) -> None:
-        self.module = model
-        self._mesh = mesh
+        self.module: Any = model
+        self._mesh, self._model = mesh, config.model
         self._optimizer = build_optimizer(model, config.optim)
         self._clip_norm = config.optim.clip_norm
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -92,8 +94,8 @@ class LocalEngine:
             self._exchange_gradients()
 
     def step(self, lr: float) -> StepResult:
-        limit = self._clip_norm or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        grad_norm = self._grad_norm()
+        nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm or float("inf"), grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -101,30 +103,48 @@ class LocalEngine:
         return StepResult(grad_norm=float(grad_norm))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return state_shapes(self.module)
+        ranks = self._mesh.axes.tensor.size
+        parts = state_shapes(self.module).items()
+        return {name: whole_shape(parameter_of(name), shape, self._model, ranks) for name, shape in parts}
 
     def export_state(self) -> Iterator[tuple[str, Tensor]]:
-        yield from module_tensors(self.module)
-        yield from moments(self.module, self._optimizer)
+        for source in (module_tensors(self.module), moments(self.module, self._optimizer)):
+            for name, tensor in source:
+                yield name, whole_of(parameter_of(name), tensor, self._model, self._mesh.axes.tensor)
 
     def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        load_module(self.module, state)
-        load_moments(self.module, self._optimizer, state, steps)
+        axis = self._mesh.axes.tensor
+        parts = {name: part_of(parameter_of(name), state[name], self._model, axis) for name in self.shapes()}
+        load_module(self.module, parts)
+        load_moments(self.module, self._optimizer, parts, steps)
+
+    def _grad_norm(self) -> Tensor:
+        """2-norm of the whole model's gradient: of divided parameters every rank's part, of whole ones this rank's."""
+        axis = self._mesh.axes.tensor
+        gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        if axis.size == 1:
+            return nn.utils.get_total_norm([gradient for _, gradient in gradients])
+        divided = [getattr(p, "tensor_model_parallel", False) for p, _ in gradients]
+        parts = [g for (_, g), own in zip(gradients, divided, strict=True) if own]
+        shared = [g for (_, g), own in zip(gradients, divided, strict=True) if not own]
+        squares = self._mesh.sum(nn.utils.get_total_norm(parts).square(), axis)
+        return (squares + nn.utils.get_total_norm(shared).square()).sqrt()
 
     def _exchange_gradients(self) -> None:
         """Sum the gradients over the ranks; one that is absent counts as zero, on every rank."""
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self._mesh.size == 1:
+        if self._mesh.axes.batch.size == 1:
             return
+        group = self._mesh.axes.batch.process_group()
         bucket: list[Tensor] = []
         for gradient in [parameter.grad for parameter in self._parameters if parameter.grad is not None]:
             if bucket and sum(part.numel() for part in bucket) + gradient.numel() > BUCKET_ELEMENTS:
-                _sum_over_ranks(bucket)
+                _sum_over_ranks(bucket, group)
                 bucket = []
             bucket.append(gradient)
-        _sum_over_ranks(bucket)
+        _sum_over_ranks(bucket, group)
 
 
 class DeepSpeedEngine:
@@ -263,8 +283,8 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def _sum_over_ranks(tensors: list[Tensor]) -> None:
+def _sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=group)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -15,6 +15,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Per-parameter state of AdamW that a checkpoint holds."""
 
 
+def parameter_of(name: str) -> str:
+    """The parameter or buffer that a logical name of the state belongs to."""
+    kind, rest = name.split("/", 1)
+    return rest if kind == "model" else rest.rsplit("/", 1)[0]
+
+
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Persistent buffers (such as a controlled tau) under their logical names."""
     kept = module.state_dict(keep_vars=True)

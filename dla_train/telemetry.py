@@ -38,7 +38,7 @@ class MemoryTelemetry:
         """Take the counts of this step's forward passes; move a controlled tau by those of all ranks."""
         counts = self._take()
         if self._steers_tau:
-            self._model.control_tau(self._mesh.sum(counts))
+            self._model.control_tau(self._mesh.sum(counts, self._mesh.axes.batch))
 
     def drop(self) -> None:
         """Forget what was counted since the last step, e.g. in a validation."""
@@ -55,7 +55,7 @@ class MemoryTelemetry:
         numbers = {"boundary_rate": boundaries / tokens, "live_slots": live_slots / tokens}
         thresholds = [module().detach().mean() for module in self._model.modules() if isinstance(module, Tau)]
         if thresholds:
-            numbers["tau"] = float(torch.stack(thresholds).mean())
+            numbers["tau"] = float(self._mesh.sum(torch.stack(thresholds).mean())) / self._mesh.size
             self._watch(numbers["boundary_rate"])
         return numbers
 

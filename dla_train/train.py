@@ -39,7 +39,6 @@ from dla_train.evaluate.held_out import HeldOut, held_out_loss
 from dla_train.evaluate.loading import build_model
 from dla_train.hydra_app import config_to_yaml, run_application
 from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
-from dla_train.models.loss import next_token_loss
 from dla_train.optim import gate_temperature, learning_rate
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry import MemoryTelemetry
@@ -90,7 +89,7 @@ def train(config: Config) -> TrainResult:
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         check_run_directory(config, identity, mesh)
-        model = build_model(config, mesh.device)
+        model = build_model(config, mesh.device, mesh.axes)
         engine = build_engine(config, model, mesh)
         checkpointer = Checkpointer(config, mesh)
         resumed = checkpointer.resume(engine)
@@ -126,7 +125,7 @@ class Loop:
             sums, targets, numbers = self._train_step(done)
             done += 1
             if self.log.due(done, self.last):
-                nats, partition = (self.mesh.sum(sums) / targets).tolist()
+                nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
                 loss = nats
                 numbers |= {"loss": nats} | ({"z_loss": partition} if self.config.optim.z_loss else {})
                 self.log.training(done, numbers)
@@ -147,7 +146,9 @@ class Loop:
         temperature = gate_temperature(config.memory, config.train.steps, step)
         clock.synchronize = self.log.due(step, self.last)
         with clock.phase("data"):
-            batches = self.sources.train.batch(done, self.mesh.rank, self.mesh.size, config.train.micro_batch_rows)
+            batches = self.sources.train.batch(
+                done, self.mesh.data_rank, self.mesh.data_size, config.train.micro_batch_rows
+            )
         targets = self._target_count(batches)
         sums = torch.zeros(2, device=self.mesh.device)
         for index, batch in enumerate(batches):
@@ -170,13 +171,14 @@ class Loop:
         device = self.mesh.device
         tokens, cu_seqlens = batch.tokens.to(device), batch.cu_seqlens.to(device)
         output = self.engine.module(tokens, cu_seqlens, gate_temperature=temperature)
-        nats, partition, _ = next_token_loss(output.logits, batch.targets.to(device), self.config.optim.z_loss)
+        loss = self.engine.module.token_loss
+        nats, partition, _ = loss(output.logits, batch.targets.to(device), self.config.optim.z_loss)
         return nats, partition
 
     def _target_count(self, batches: list[Batch]) -> Tensor:
         """Targets of the global batch: the loss is their mean, however they are spread over ranks and micro-batches."""
         here = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in batches]).sum()
-        return self.mesh.sum(here).clamp_min(1)
+        return self.mesh.sum(here, self.mesh.axes.data).clamp_min(1)
 
     def _validation_due(self, step: int) -> bool:
         train = self.config.train
@@ -187,10 +189,19 @@ class Loop:
         assert self.sources.validation is not None  # config rule
         train, mesh = self.config.train, self.mesh
         batches = self.sources.validation.validation_batches(
-            train.validation_batches, mesh.rank, mesh.size, train.micro_batch_rows
+            train.validation_batches, mesh.data_rank, mesh.data_size, train.micro_batch_rows
         )
-        self.engine.module.eval()
-        result = held_out_loss(self.engine.module, batches, self.sources.tokenizer, mesh.device, mesh.sum)
+        module, axes = self.engine.module, mesh.axes
+        module.eval()
+        result = held_out_loss(
+            module,
+            batches,
+            self.sources.tokenizer,
+            mesh.device,
+            lambda totals: mesh.sum(totals, axes.batch),
+            loss=module.token_loss,
+            ranks_per_row=axes.context.size,
+        )
         self.engine.module.train()
         return result
 

@@ -72,8 +72,18 @@ BROKEN = {
         ["model.num_heads=8", "model.num_key_heads=2", "parallel.tensor=4"],
         ["model.num_key_heads=2", "parallel.tensor=4", "1 or 2"],
     ),
-    "tensor parallelism": (["parallel.tensor=2"], ["does not divide a model yet", "parallel.tensor=1"]),
-    "context parallelism": (["parallel.context=2"], ["does not divide a model yet", "parallel.context=1"]),
+    "a divided model under DeepSpeed": (
+        ["parallel.tensor=2", "engine=deepspeed"],
+        ["parallel.tensor=2", "engine=local"],
+    ),
+    "heads over context ranks": (
+        ["parallel.context=3", "data.context_tokens=384"],
+        ["not divisible by parallel.context=3", "choose parallel.context from"],
+    ),
+    "tokens over context ranks": (
+        ["parallel.context=2", "data.context_tokens=255"],
+        ["data.context_tokens=255", "2 ranks along time", "256 or 254"],
+    ),
     "sequence parallelism alone": (["parallel.sequence=true"], ["parallel.sequence=True", "parallel.sequence=false"]),
     "attention with a memory": (["model=transformer_tiny"], ["model.backbone=attention", "memory=none"]),
     "a recurrent backbone without a memory": (["memory=none"], ["memory.policy=none", "memory=single"]),

@@ -23,6 +23,8 @@ from dla_train.models.loss import next_token_loss
 
 Forward = Callable[[Tensor, Tensor], LanguageModelOutput]
 """(tokens [B, T], cu_seqlens [M+1]) -> output; the model, in evaluation mode, or an engine around it."""
+TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(logits, targets) -> (sum of nats, sum of z-loss, count)."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,21 @@ def held_out_loss(
     tokenizer: Tokenizer,
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    *,
+    loss: TokenLoss = next_token_loss,
+    ranks_per_row: int = 1,
 ) -> HeldOut:
     """Loss of `forward` on this rank's micro-batches, summed over the ranks.
 
-    The caller puts the model into evaluation mode (hard boundaries). Raises ValueError if there is nothing to predict.
+    Of a divided model `loss` is its token_loss and ranks_per_row the ranks among which a row's tokens lie. The caller
+    puts the model into evaluation mode (hard boundaries). Raises ValueError if there is nothing to predict.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for micro_batches in batches:
         for batch in micro_batches:
             logits = forward(batch.tokens.to(device), batch.cu_seqlens.to(device)).logits
-            nats, _, count = next_token_loss(logits, batch.targets.to(device))
-            text_bytes = torch.tensor(target_bytes(batch, tokenizer), device=device)
+            nats, _, count = loss(logits, batch.targets.to(device))
+            text_bytes = torch.tensor(target_bytes(batch, tokenizer) / ranks_per_row, device=device)
             totals += torch.stack([nats.double(), count.double(), text_bytes.double()])
     nats_sum, tokens, bytes_sum = sum_over_ranks(totals).tolist()
     if not tokens:
@@ -66,7 +72,7 @@ def held_out_loss(
         loss=nats_sum / tokens,
         bits_per_byte=bits / bytes_sum if bytes_sum else math.nan,
         tokens=int(tokens),
-        text_bytes=int(bytes_sum),
+        text_bytes=round(bytes_sum),
     )
 
 

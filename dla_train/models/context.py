@@ -27,6 +27,17 @@ def to_time(x: Tensor, context: Axis) -> Tensor:
     return exchange(x, context, split_dim=1, join_dim=2) if context.size > 1 else x
 
 
+def own_time(x: Tensor, axes: Axes) -> Tensor:
+    """This context rank's run of the tokens of whole rows [B, T, ...]. Raises ConfigError where T does not divide."""
+    ranks = axes.context.size * (axes.tensor.size if axes.sequence else 1)
+    if x.shape[1] % ranks:
+        raise ConfigError(
+            f"rows of {x.shape[1]} tokens are not divisible by the {ranks} ranks along time (parallel.context="
+            f"{axes.context.size}, parallel.sequence={axes.sequence}); choose data.context_tokens a multiple of {ranks}"
+        )
+    return x.chunk(axes.context.size, dim=1)[axes.context.rank]
+
+
 def check_context(model: ModelConfig, axes: Axes) -> None:
     """Raises ConfigError where the heads of a tensor rank do not divide over the context ranks, with what would."""
     ranks = axes.context.size

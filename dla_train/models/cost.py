@@ -71,8 +71,7 @@ def parameter_count(model: ModelConfig, memory: MemoryConfig) -> int:
 def flops_per_token(model: ModelConfig, memory: MemoryConfig, context: int) -> FlopCount:
     """FLOPs of an average token in documents of `context` tokens."""
     layers = model.num_layers
-    layer = _mixer_matrices(model) + _reader_matrices(model, memory) + _mlp(model)
-    dense = layers * layer + model.vocab_size * model.width
+    dense = layers * layer_matrices(model, memory) + model.vocab_size * model.width
     if model.backbone == "attention":
         per_key = 2 * 2 * model.num_heads * model.key_dim
         return FlopCount(2.0 * dense, layers * per_key * (context + 1) / 2, 0.0, 0.0)
@@ -101,6 +100,11 @@ def cache_bytes(
             model.conv_width,
         )
     return model.num_layers * per_layer
+
+
+def layer_matrices(model: ModelConfig, memory: MemoryConfig) -> int:
+    """Weights of one layer's matrices: projections, read weights, MLP. Those a step in 16 bits makes copies of."""
+    return _mixer_matrices(model) + _reader_matrices(model, memory) + _mlp(model)
 
 
 def _mlp(model: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dla_kernels import MemoryPlan
 from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models.block import Block, enter
-from dla_train.models.context import check_context
+from dla_train.models.context import check_context, own_time
 from dla_train.models.linear import Embedding, Linear, RMSNorm
 from dla_train.models.loss import next_token_loss
 from dla_train.models.mixer import Cache, Documents, Mixer, PlanRecord
@@ -81,8 +81,8 @@ class LanguageModel(nn.Module):
     ) -> LanguageModelOutput:
         """tokens [B, T] int64 -> logits [B, T, vocab].
 
-        Under tensor parallelism logits are those of this rank's vocabulary rows (`token_loss` takes them). Under
-        context parallelism tokens are this rank's run of every row, and cu_seqlens are of the whole rows.
+        Under tensor and context parallelism every rank is given the whole rows and returns the logits of its run of
+        their tokens and its rows of the vocabulary: `token_loss` takes them.
 
         cu_seqlens [M+1]: document offsets into the flattened tokens, row edges included; None is one document a
         row. gate_temperature: of soft boundaries in training mode (default `memory.gate_temperature`); evaluation
@@ -95,9 +95,8 @@ class LanguageModel(nn.Module):
         temperature = self.memory_config.gate_temperature if gate_temperature is None else gate_temperature
         seen = caches[0].position if caches else None
         batch, length = tokens.shape
-        length *= self.axes.context.size
         documents = Documents.of(batch, length, cu_seqlens, seen=seen, device=tokens.device)
-        x = self.embedding(tokens, dtype=self.compute_dtype, scatter_time=self.axes.sequence)
+        x = self.embedding(own_time(tokens, self.axes), dtype=self.compute_dtype, scatter_time=self.axes.sequence)
         after: list[Cache] = []
         records = [PlanRecord() for _ in self.blocks]
         for index, (block, record) in enumerate(zip(self._blocks(), records, strict=True)):
@@ -109,7 +108,11 @@ class LanguageModel(nn.Module):
         return LanguageModelOutput(self._logits(x, self.axes), after if return_caches else None)
 
     def token_loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """`next_token_loss` of logits [..., rows] as `forward` gives them and targets [...]: the same on every rank."""
+        """`next_token_loss` of logits [B, T, rows] as `forward` gives them and the targets [B, T] of the whole rows.
+
+        Sums over this context rank's tokens, the same on every tensor rank.
+        """
+        targets = own_time(targets, self.axes)
         if self.axes.tensor.size == 1:
             return next_token_loss(logits, targets, z_loss)
         return vocab_parallel_loss(logits, targets, self.axes.tensor, self.model_config.vocab_size, z_loss)

@@ -56,8 +56,7 @@ class Mesh:
             if owns_group:
                 _start_group(_group_backend(parallel.backend, device), parallel.timeout_minutes)
                 undo.callback(dist.destroy_process_group)
-            owns_axes = parallel.tensor * parallel.context > 1 and not _parallel_state().model_parallel_is_initialized()
-            axes = start_axes(parallel.tensor, parallel.context, parallel.sequence, parallel.timeout_minutes)
+            axes, owns_axes = _divide(parallel.tensor, parallel.context, parallel.sequence, parallel.timeout_minutes)
             undo.pop_all()
         return cls(dist.get_rank(), dist.get_world_size(), device, owns_group, axes, owns_axes)
 
@@ -127,32 +126,7 @@ def start_axes(tensor: int = 1, context: int = 1, sequence: bool = False, timeou
     Groups of the same layout that exist already are used. `sequence` is noted, it needs no group. Raises ConfigError
     where tensor x context does not divide the processes, RuntimeError where groups of another layout exist.
     """
-    ranks = dist.get_world_size()
-    if ranks % (tensor * context):
-        raise ConfigError(
-            f"parallel.tensor={tensor} x parallel.context={context} does not divide the {ranks} processes of this run; "
-            f"start a multiple of {tensor * context}, or choose a product from {_divisors(ranks)}"
-        )
-    if tensor * context == 1:
-        every = _axis(dist.group.WORLD)
-        return Axes(data=every, tensor=Axis.single(), context=Axis.single(), batch=every, sequence=sequence)
-    groups = _parallel_state()
-    if groups.model_parallel_is_initialized():
-        _check_same_layout(groups, tensor, context)
-    else:
-        groups.initialize_model_parallel(
-            tensor_model_parallel_size=tensor,
-            context_parallel_size=context,
-            create_gloo_process_groups=False,  # a second copy of the data groups that nothing here uses
-            distributed_timeout_minutes=timeout_minutes,
-        )
-    return Axes(
-        data=_axis(groups.get_data_parallel_group()),
-        tensor=_axis(groups.get_tensor_model_parallel_group()),
-        context=_axis(groups.get_context_parallel_group()),
-        batch=_axis(groups.get_data_parallel_group(with_context_parallel=True)),
-        sequence=sequence,
-    )
+    return _divide(tensor, context, sequence, timeout_minutes)[0]
 
 
 def end_axes(axes: Axes) -> None:
@@ -192,6 +166,38 @@ def _start_group(backend: str, timeout_minutes: float) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _divide(tensor: int, context: int, sequence: bool, timeout_minutes: float) -> tuple[Axes, bool]:
+    """`start_axes`, and whether groups were made for it."""
+    ranks = dist.get_world_size()
+    if ranks % (tensor * context):
+        raise ConfigError(
+            f"parallel.tensor={tensor} x parallel.context={context} does not divide the {ranks} processes of this run; "
+            f"start a multiple of {tensor * context}, or choose a product from {_divisors(ranks)}"
+        )
+    if tensor * context == 1:
+        every = _axis(dist.group.WORLD)
+        return Axes(data=every, tensor=Axis.single(), context=Axis.single(), batch=every, sequence=sequence), False
+    groups = _parallel_state()
+    exist = groups.model_parallel_is_initialized()
+    if exist:
+        _check_same_layout(groups, tensor, context)
+    else:
+        groups.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            context_parallel_size=context,
+            create_gloo_process_groups=False,  # a second copy of the data groups that nothing here uses
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    axes = Axes(
+        data=_axis(groups.get_data_parallel_group()),
+        tensor=_axis(groups.get_tensor_model_parallel_group()),
+        context=_axis(groups.get_context_parallel_group()),
+        batch=_axis(groups.get_data_parallel_group(with_context_parallel=True)),
+        sequence=sequence,
+    )
+    return axes, not exist
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:

@@ -1,23 +1,19 @@
-"""Run by torchrun: models divided over ranks against the same model on one rank, in float64, in one process each.
+"""Models divided over ranks against the same model on one rank, in float64, in one process each.
 
-Every rank builds the whole model too, so that nothing but the division differs: outputs, loss and every parameter's
-gradient by name. Prints one JSON line per rank: the failures.
+Every rank builds the whole model too, so that nothing but the division differs.
 """
 
 import dataclasses
 import json
-import os
-import sys
-import traceback
 
 import torch
 import torch.distributed as dist
 
 from dla_train.config import MemoryConfig, ModelConfig
-from dla_train.models import LanguageModel, init_weights
+from dla_train.models import LanguageModel, init_weights, language_model
 from dla_train.models.loss import next_token_loss
+from dla_train.parallel import sections
 from dla_train.parallel.axes import Axes
-from dla_train.parallel.mesh import start_axes
 from dla_train.parallel.sections import part_of, whole_of
 
 LIMIT = 1e-9
@@ -54,7 +50,9 @@ def scattered(model, memory, axes, recompute=False):
     return lm.train()
 
 
-def check(backbone, policy, changes, axes, packed):
+def differences(axes, backbone, policy, packed, changes="{}", bug=""):
+    """Names of what differs: loss, logits and every parameter's gradient, "" for none; `bug` plants one."""
+    changes = json.loads(changes)
     model, memory = configs(backbone, policy, changes)
     generator = torch.Generator().manual_seed(2)
     tokens, targets = (torch.randint(0, 17, (2, 24), generator=generator) for _ in range(2))
@@ -66,13 +64,19 @@ def check(backbone, policy, changes, axes, packed):
     loss = sum(next_token_loss(expected.logits, targets, 1e-2)[:2])
     loss.backward()
 
+    if bug == "no sum of partial gradients":
+        sections.sum_partial_gradients, kept = lambda *_, **__: None, sections.sum_partial_gradients
+        language_model.sum_partial_gradients = sections.sum_partial_gradients
     lm = scattered(model, memory, axes, recompute=changes.get("recompute", False))
-    time = slice(None)
-    if axes.context.size > 1:
-        length = 24 // axes.context.size
-        time = slice(axes.context.rank * length, (axes.context.rank + 1) * length)
-    output = lm(tokens[:, time], cu_seqlens)
-    own_loss = sum(lm.token_loss(output.logits, targets[:, time], 1e-2)[:2])
+    if bug == "no sum of partial gradients":
+        sections.sum_partial_gradients = language_model.sum_partial_gradients = kept
+    if bug == "two sections swapped":
+        projections = lm.blocks[0].mixer.backbone
+        projections.a.weight.data, projections.b.weight.data = projections.b.weight.data, projections.a.weight.data
+    if bug == "state crosses a document":
+        cu_seqlens = cu_seqlens[[0, 2, 5]]
+    output = lm(tokens, cu_seqlens)
+    own_loss = sum(lm.token_loss(output.logits, targets, 1e-2)[:2])
     own_loss.backward()
 
     failures = []
@@ -86,8 +90,7 @@ def check(backbone, policy, changes, axes, packed):
     if axes.batch.size > 1:
         dist.all_reduce(total, group=axes.batch.group)
     compare("loss", total / axes.data.size, loss.detach())
-    logits = whole_of("head.weight", output.logits.detach().flatten(0, 1).contiguous(), model, axes.tensor)
-    del logits
+    compare("logits", whole_logits(output.logits.detach(), model, axes), expected.logits.detach())
     wanted = dict(whole.named_parameters())
     for name, parameter in lm.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -96,50 +99,14 @@ def check(backbone, policy, changes, axes, packed):
         grad = whole_of(name, grad, model, axes.tensor) / axes.data.size
         expected_grad = wanted[name].grad
         compare(f"d {name}", grad, torch.zeros_like(wanted[name]) if expected_grad is None else expected_grad)
-    return failures
+    return {"differ": "; ".join(failures)}
 
 
-RECURRENT = [(b, p) for b in ("mamba2", "gated_deltanet") for p in ("single", "log_linear", "fixed", "dla")]
-VARIANTS = (
-    {"num_key_heads": 1},
-    {"closed_slots": "frozen", "recompute": True},
-    {"routing": "projected", "routing_dim": 3, "tie_embeddings": True},
-    {"tau_control": "learned", "conv_width": 0},
-)
-
-
-def main():
-    dist.init_process_group("gloo")
-    size = dist.get_world_size()
-    layouts = {
-        2: ((2, 1, False), (2, 1, True), (1, 2, False)),
-        4: ((2, 2, False), (2, 2, True), (4, 1, True), (1, 4, False), (2, 1, True)),
-    }[size]
-    failures = {}
-    for tensor, context, sequence in layouts:
-        axes = start_axes(tensor, context, sequence)
-        cases = [(b, p, {}) for b, p in [*RECURRENT, ("attention", "none")]]
-        cases += [(b, "dla", v) for b in ("mamba2", "gated_deltanet") for v in VARIANTS]
-        if size == 4:
-            cases = [c for c in cases if c[1] in ("dla", "none")]
-        for backbone, policy, changes in cases:
-            for packed in (False, True):
-                name = f"tensor={tensor} context={context} sequence={sequence} {backbone} {policy} {changes} {packed=}"
-                try:
-                    found = check(backbone, policy, changes, axes, packed)
-                except Exception:
-                    found = [traceback.format_exc()[-600:]]
-                if found:
-                    failures[name] = found
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-    print("RESULT " + json.dumps({"rank": dist.get_rank(), "failures": failures}), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    sys.exit(main())
+def whole_logits(part, model, axes):
+    """[B, T, vocab] from the ranks' runs of tokens and rows of the vocabulary."""
+    for axis, dim in ((axes.tensor, -1), (axes.context, 1)):
+        if axis.size > 1:
+            parts = [torch.empty_like(part) for _ in range(axis.size)]
+            dist.all_gather(parts, part.contiguous(), group=axis.group)
+            part = torch.cat(parts, dim=dim)
+    return part[..., : model.vocab_size]

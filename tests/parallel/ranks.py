@@ -61,14 +61,12 @@ class Outcomes:
         return [torch.load(file, weights_only=True) for file in files]
 
     def _failure(self) -> str:
-        failures = sorted(self._folder.glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)  # the cause first
-        if not failures:
-            return f"no check failed; the launcher said\n{self._output[-4000:]}"
+        """What ranks wrote about their exceptions, the first one first, and the end of what the launcher said."""
         reports = []
-        for file in failures:
+        for file in sorted(self._folder.glob("*.failed"), key=lambda file: file.stat().st_mtime_ns):
             index, rank = file.name.split(".")[:2]
             reports.append(f"{self._checks[int(index)]} failed on rank {rank}:\n{file.read_text()}")
-        return "\n".join(reports)
+        return "\n".join([*reports, f"the launcher ended with\n{self._output[-2000:]}"])
 
 
 def run_on_ranks(module: str, checks: Sequence[Check], ranks: int, folder: Path, timeout: float = 300) -> Outcomes:

@@ -124,12 +124,13 @@ def expected(name: str, ranks: int, layout: str) -> list[dict[str, Tensor]]:
     found = []
     for rank, output in enumerate(case.whole(inputs)):
         own = 0 if case.equal_inputs else rank
-        found.append({"output": output.detach(), "gradient": gradients[own].detach(), "second": seconds[own].detach()})
+        of_rank = {"output": output, "gradient": gradients[own], "second": seconds[own], "input": inputs[rank]}
+        found.append({key: value.detach() for key, value in of_rank.items()})
     return found
 
 
 def cross(axes: Axes, name: str, layout: str, dtype: str, plant: str) -> dict[str, Tensor]:
-    """A rank's output, gradient, and second derivative along `direction`; `plant` names a bug of `PLANTS`."""
+    """A rank's output, gradient, second derivative along `direction`, and input afterwards; `plant`: of `PLANTS`."""
     axis, case = Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD), CASES[name]
     x = input_of(case, axis.rank).to(getattr(torch, dtype))
     if layout == "strided":
@@ -143,7 +144,7 @@ def cross(axes: Axes, name: str, layout: str, dtype: str, plant: str) -> dict[st
         if layout != "expanded":
             slope = (gradient * direction(case, axis.rank).to(x.dtype)).sum()
             (found["second"],) = torch.autograd.grad(slope, x)
-    return found
+    return found | {"input": x.detach()}
 
 
 PLANTS: dict[str, tuple[str, Callable[..., Tensor]]] = {

@@ -45,7 +45,7 @@ def outcomes(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 def compare(found: list[dict[str, Tensor]], name: str, layout: str = "contiguous") -> None:
-    """Fails where a rank's output, gradient or second derivative is not that of the whole."""
+    """Fails where a rank's output, gradient, second derivative or input is not that of the whole."""
     for rank, (actual, wanted) in enumerate(zip(found, expected(name, len(found), layout), strict=True)):
         for key, value in actual.items():
             assert_close(f"{key} of rank {rank}", value, wanted[key], value.dtype)
@@ -53,7 +53,7 @@ def compare(found: list[dict[str, Tensor]], name: str, layout: str = "contiguous
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
-def test_values_gradients_and_second_derivatives_are_those_of_the_whole(
+def test_values_gradients_and_second_derivatives_are_those_of_the_whole_and_the_input_is_left_alone(
     outcomes: Outcomes, name: str, layout: str
 ) -> None:
     compare(outcomes.of(check(name, layout)), name, layout)
