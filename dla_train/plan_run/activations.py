@@ -56,9 +56,7 @@ def _recurrent(shape: LayerShape) -> list[Kept]:
 
 def _conv(shape: LayerShape) -> Kept:
     width, channels = shape.model.conv_width, shape.conv_size
-    if not width:
-        copies, masks = 1, 0
-    elif shape.fused:
+    if not width or shape.fused:
         copies, masks = 1, 0
     else:
         copies, masks = width + 1, width - 1  # input, shifted inputs, and the sum before SiLU

@@ -35,16 +35,14 @@ def _accepts(cu_seqlens: Tensor, total: int) -> bool:
     global _accepted
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         return False
-    versioned = not cu_seqlens.is_inference()
-    if versioned and _accepted is not None and _accepted[0]() is cu_seqlens and _accepted[1:] == (
-        cu_seqlens._version,
-        total,
-    ):
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    last = _accepted
+    if version is not None and last is not None and last[0]() is cu_seqlens and last[1:] == (version, total):
         return True
     ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total)
     right = bool(ends & (cu_seqlens[1:] > cu_seqlens[:-1]).all())
-    if versioned and right:
-        _accepted = (weakref.ref(cu_seqlens), cu_seqlens._version, total)
+    if version is not None and right:
+        _accepted = (weakref.ref(cu_seqlens), version, total)
     return right
 
 

@@ -128,15 +128,17 @@ def plan_memory(
         carried_start=carried[0],
         carried_death=merges.carried_death,
         carried_fill=carried[2],
-        score_gradients=None if found.gradients is None else _kept_gradients(found, k.dtype, v.dtype),
+        score_gradients=None if found.gradients is None else _kept_gradients(found, request),
     )
 
 
-def _kept_gradients(found: Drift, key_dtype: torch.dtype, value_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[B,T,H,K] and [B,T,H,V], 0 but at boundaries, in the inputs' dtypes: they are kept until the backward pass."""
+def _kept_gradients(found: Drift, request: _Request) -> tuple[Tensor, Tensor]:
+    """[B,T,H,K] and [B,T,H,V] in the inputs' dtypes, for they are kept until the backward pass; 0 but at boundaries
+    that a score decided, which a document's first is not."""
     assert found.gradients is not None
-    to_k, to_v = (g.masked_fill_(~found.boundary[..., None], 0.0).transpose(1, 2) for g in found.gradients)
-    return to_k.to(key_dtype), to_v.to(value_dtype)
+    decided = found.boundary & (request.positions > 0)
+    to_k, to_v = (g.masked_fill_(~decided[..., None], 0.0).transpose(1, 2) for g in found.gradients)
+    return to_k.to(request.k.dtype), to_v.to(request.v.dtype)
 
 
 def _threshold(tau: Tensor | float, heads: int, device: torch.device) -> Tensor:

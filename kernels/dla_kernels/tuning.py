@@ -70,12 +70,12 @@ TUNING: dict[str, dict[int, dict[str, int]]] = {
     },
     "drift_follow": {80: {"num_warps": 1, "num_stages": 1}, 90: {"num_warps": 1, "num_stages": 1}},
     "drift_reads": {
-        80: {"BK": 32, "BV": 16, "num_warps": 2, "num_stages": 1},
-        90: {"BK": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
+        80: {"BK": 16, "BV": 32, "num_warps": 2, "num_stages": 1},
+        90: {"BK": 16, "BV": 32, "num_warps": 2, "num_stages": 1},
     },
     "drift_gradients": {
-        80: {"BK": 16, "BV": 16, "num_warps": 2, "num_stages": 1},
-        90: {"BK": 32, "BV": 16, "num_warps": 2, "num_stages": 1},
+        80: {"BK": 16, "BV": 32, "num_warps": 2, "num_stages": 1},
+        90: {"BK": 32, "BV": 32, "num_warps": 2, "num_stages": 1},
     },
     "boundary_lists": {
         80: {"BX": 1024, "num_warps": 4, "num_stages": 1},

@@ -68,20 +68,27 @@ def _partial_derivatives(
 
 
 @triton.jit
-def _partners(p_boundary, p_newest, b_start, i_b, i_h, i_n, T, H, chunks_in_row, C: tl.constexpr):
-    """Who is in whose segment: (boundaries up to each token [C], whether the token is scored against the segment that
-    the chunk was entered with [C], whether t is scored against a segment that holds token l [C, C], where the entered
-    segment began in the chunk before (-1: earlier), and whether t is scored against that chunk's token l [C, C])."""
+def _segments(p_boundary, p_newest, i_b, i_h, i_n, T, H, chunks_in_row, C: tl.constexpr):
+    """(boundaries of the chunk up to each token [C], likewise before it, where the segment that the chunk was entered
+    with began in the chunk before, -1: earlier). A token is scored against the segment of the second number."""
     o_c = tl.arange(0, C)
     o_t = i_n * C + o_c
-    m_t = o_t < T
-    b_opens = tl.load(p_boundary + (i_b * H + i_h) * T + o_t, mask=m_t, other=0).to(tl.int32)
+    b_opens = tl.load(p_boundary + (i_b * H + i_h) * T + o_t, mask=o_t < T, other=0).to(tl.int32)
     b_segment = tl.sum(tl.where(o_c[:, None] >= o_c[None, :], b_opens[None, :], 0), 1)
-    b_opened = b_segment - b_opens
-    m_entered = (b_opened == 0) & m_t
-    m_open = sees_earlier(o_t, m_t, b_start) & (b_segment[None, :] == b_opened[:, None])
     i_newest = tl.load(p_newest + (i_b * H + i_h) * (BEFORE_ROW + chunks_in_row) + BEFORE_ROW + i_n - 1)
-    return b_segment, m_entered, m_open, i_newest, m_entered[:, None] & (o_c >= i_newest)[None, :]
+    return b_segment, b_segment - b_opens, i_newest
+
+
+@triton.jit
+def _holds(b_segment, b_scored, o_t, m_t, b_start):
+    """[C, C] bool: token t is scored against a segment that holds token l of the chunk."""
+    return sees_earlier(o_t, m_t, b_start) & (b_segment[None, :] == b_scored[:, None])
+
+
+@triton.jit
+def _held_before(b_scored, i_newest, m_t, C: tl.constexpr):
+    """[C, C] bool: likewise of the chunk before."""
+    return ((b_scored == 0) & m_t)[:, None] & (tl.arange(0, C) >= i_newest)[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring", "chunks_in_row"])
@@ -100,9 +107,9 @@ def drift_reads_kernel(
     o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
     b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
     b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
-    b_segment, m_entered, m_open, i_newest, m_across = _partners(
-        p_boundary, p_newest, b_start, i_b, i_h, i_n, T, H, chunks_in_row, C
-    )
+    b_segment, b_scored, i_newest = _segments(p_boundary, p_newest, i_b, i_h, i_n, T, H, chunks_in_row, C)
+    m_entered = b_scored == 0
+    m_open = _holds(b_segment, b_scored, o_t, m_t, b_start)
     b_decay = decay_between(b_cum - b_g, b_cum, m_open)
     p_key = p_k + ((i_b * T + i_n * C) * HK + i_h // (H // HK)) * K
     if GATED:
@@ -121,7 +128,7 @@ def drift_reads_kernel(
             _, b_to_end = chunk_end(p_start, b_past_cum, o_t - C, i_b, i_n - 1, T, C)
             b_past = row_products(p_key, p_key - C * HK * K, m_t, m_l, HK * K, K, BK, C, PRECISION)
             b_past *= tl.exp(b_cum - b_g)[:, None] * b_to_end[None, :]
-        b_past = tl.where(m_across, b_past, 0.0)
+        b_past = tl.where(_held_before(b_scored, i_newest, m_t, C), b_past, 0.0)
     else:
         b_state_norm = tl.load(p_entry_norm + i_o)
 
@@ -153,7 +160,7 @@ def drift_reads_kernel(
     b_kk = tl.load(p_terms + (i_o * TERMS + KEY_NORM) * C + o_c)
     b_vv = tl.load(p_terms + (i_o * TERMS + VALUE_NORM) * C + o_c)
     # A boundary's own match is with the segment before it.
-    m_on = tl.load(p_boundary + i_bh * T + o_t, mask=m_t, other=0) == 0
+    m_on = b_segment == b_scored
     b_gain = norm_gain(
         tl.where(m_on, b_matched, 0.0), tl.where(m_on, b_recalled, 0.0), b_g, b_erase, b_write, b_kk, b_vv, GATED
     )
@@ -216,11 +223,7 @@ def drift_gradients_kernel(
     i_e = (i_b * H + i_h) * ring + (i_n - 1) % ring
     o_c = tl.arange(0, C)
     o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
-    b_g, b_erase, b_write = gates_of(p_log_decay, p_beta, i_b, i_h, o_t, m_t, T, H)
-    b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
-    b_segment, m_entered, m_open, i_newest, m_across = _partners(
-        p_boundary, p_newest, b_start, i_b, i_h, i_n, T, H, chunks_in_row, C
-    )
+    b_segment, b_scored, i_newest = _segments(p_boundary, p_newest, i_b, i_h, i_n, T, H, chunks_in_row, C)
     p_partials += i_o * 4 * C + o_c
     b_m, b_r = tl.load(p_partials), tl.load(p_partials + C)
     p_grad_k += ((i_b * T + i_n * C) * H + i_h) * K
@@ -230,7 +233,7 @@ def drift_gradients_kernel(
     b_to_end = tl.zeros([C], tl.float32)
     if i_newest >= 0:
         b_past = _x_products(p_v, p_grad_v, b_m, b_r, i_b, i_h, i_n, i_n - 1, T, H, V, C, BV, UPDATE, PRECISION)
-        b_past = tl.where(m_across, b_past, 0.0)
+        b_past = tl.where(_held_before(b_scored, i_newest, m_t, C), b_past, 0.0)
         b_past_cum = tl.load(p_terms + (i_e * TERMS + CUM) * C + o_c)
         _, b_to_end = chunk_end(p_start, b_past_cum, o_t - C, i_b, i_n - 1, T, C)
     b_erased = tl.zeros([C, C], tl.float32)
@@ -248,21 +251,27 @@ def drift_gradients_kernel(
                 b_x = _x_tile(p_v, p_grad_v, b_m, b_r, i_b, i_h, i_n, o_v, o_c, T, H, V, C)
                 b_s = state_tile(p_states, i_o, o_k[None, :], o_v[:, None], K, V)
                 b_sx = tl.dot(b_x, b_s, b_sx, input_precision=PRECISION)
-            b_sx = tl.where(m_entered[:, None], b_sx, 0.0)
+            b_sx = tl.where((b_scored == 0)[:, None], b_sx, 0.0)
         o_tile = (o_c * (H * K))[:, None] + o_k[None, :]
         tl.store(p_grad_k + o_tile, b_sx, mask=m_t[:, None] & (o_k < K)[None, :])
         if GATED:
             b_kt = key_tile(p_k, None, 1.0, i_b, i_h, i_n, i_o, o_k[:, None], o_c[None, :], T, H, HK, K, C)
             b_erased = tl.dot(b_sx, b_kt, b_erased, input_precision=PRECISION)
+    tl.debug_barrier()
+    # Loaded anew: what is held over the loop above is not free.
+    o_t, m_t, b_start = tokens_of(p_start, i_b, i_n, T, C)
+    b_g, b_erase, b_write = gates_of(p_log_decay, None, i_b, i_h, o_t, m_t, T, H)
+    b_cum = tl.load(p_terms + (i_o * TERMS + CUM) * C + o_c)
+    b_segment, b_scored, i_newest = _segments(p_boundary, p_newest, i_b, i_h, i_n, T, H, chunks_in_row, C)
+    b_m, b_r = tl.load(p_partials), tl.load(p_partials + C)
     b_inner = _x_products(p_v, p_grad_v, b_m, b_r, i_b, i_h, i_n, i_n, T, H, V, C, BV, UPDATE, PRECISION)
     if GATED:
-        b_inner -= tl.where((b_segment == 0)[None, :], tl.exp(b_cum)[None, :] * b_erased, 0.0)
+        b_inner -= tl.exp(b_cum)[None, :] * b_erased
         i_m = (i_b * H + i_h) * chunks + i_n - first_chunk
         b_matrix_t = tl.load(p_matrix + i_m * C * C + (o_c[None, :] * C + o_c[:, None]))
         b_matrix_t = tl.where(b_segment[None, :] == b_segment[:, None], b_matrix_t, 0.0)
         b_inner = tl.dot(b_inner, b_matrix_t, input_precision=PRECISION)
-    b_inner *= decay_between(b_cum - b_g, b_cum, m_open)
-    tl.debug_barrier()
+    b_inner *= decay_between(b_cum - b_g, b_cum, _holds(b_segment, b_scored, o_t, m_t, b_start))
     b_ak, b_av = tl.load(p_partials + 2 * C), tl.load(p_partials + 3 * C)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)

@@ -166,8 +166,9 @@ class _Planner:
 
     def gradient_buffers(self) -> tuple[Tensor, Tensor]:
         """d score / d k [B, T, H, K] and d score / d v [B, T, H, V] float32, not yet written."""
-        grad_v = torch.empty(self.v.shape, dtype=torch.float32, device=self.v.device)
-        return grad_v.new_empty(*self.v.shape[:3], self.key_dim), grad_v
+        shape, device = self.v.shape[:3], self.v.device
+        grad_k = torch.empty(*shape, self.key_dim, dtype=torch.float32, device=device)
+        return grad_k, torch.empty(*shape, self.value_dim, dtype=torch.float32, device=device)
 
     def plan(self, first: int, chunks: int, grads: tuple[Tensor, Tensor] | None) -> None:
         """Scores and boundaries, and where asked for gradients, of `chunks` chunks from `first` on."""
@@ -232,7 +233,7 @@ class _Planner:
         inputs = (self.k, self.v, self.log_decay, self.beta, self.document_start)
         boundary = self.boundary.view(torch.uint8)
         grid = (self.batch * self.heads * row[1],)
-        partials = torch.empty_like(work.terms[:, :, :, :4])
+        partials = torch.empty(*work.terms.shape[:3], 4, self.chunk, dtype=torch.float32, device=self.k.device)
         launch(
             drift_reads_kernel, grid,
             *inputs, work.terms, work.recall, work.key_open, work.key_end, self.newest, work.states, work.entry_norm,

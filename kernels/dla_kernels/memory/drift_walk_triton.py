@@ -7,7 +7,7 @@ the machine and not by one program a head, the chain of openings is first guesse
 if it had begun at the first token of the chunk before, which decay makes almost true. `drift_states` and
 `drift_entry` then make the states and scores of the long chunks of that guess in parallel, and the second walk uses
 those whose opening it finds to be the true one. Where the guess was wrong it makes state and scores itself, by the
-same steps, so a guess decides about time and never about a result.
+same steps, so a guess decides about time and not about results (but their last bit, where tiles are of another size).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from dla_kernels.memory.drift_tables_triton import (
     tokens_of,
 )
 
-# Rows of the workspace `entry` [B, H, R, ENTRY] int32 of a chunk entered long.
-ASSUMED: tl.constexpr = tl.constexpr(0)  # opening that state and scores were made for (-2: not long by the guess)
-FOUND: tl.constexpr = tl.constexpr(1)  # first boundary of the chunk then (C: none)
+# Rows of the workspace `entry` [B, H, R, ENTRY] int32.
+ASSUMED: tl.constexpr = tl.constexpr(0)  # token that opened the segment the chunk was entered with, by the guess
+FOUND: tl.constexpr = tl.constexpr(1)  # first boundary of a chunk entered long (C: none)
 ENTRY: tl.constexpr = tl.constexpr(2)
 
 BEFORE_ROW: tl.constexpr = tl.constexpr(2)
@@ -198,7 +198,7 @@ def drift_guess_kernel(
     for i in range(chunks):
         i_n = first_chunk + i
         i_o = i_bh * ring + i_n % ring
-        i_assumed = tl.where(i_newest < 0, i_opened, -2)
+        tl.store(p_entry + i_o * ENTRY + ASSUMED, i_opened)
         p_row = p_steps + (i_o * STEPS + AFTER) * C
         if i_n == 0:
             p_row = p_steps + (i_o * STEPS + LAST) * C
@@ -206,7 +206,6 @@ def drift_guess_kernel(
         if i_newest >= 0:
             i_opened = i_n * C + i_newest
         tl.store(p_newest + i_n, i_newest)
-        tl.store(p_entry + i_o * ENTRY + ASSUMED, i_assumed)
 
 
 @triton.jit(do_not_specialize=["T", "H", "HK", "first_chunk", "chunks", "ring", "chunks_in_row"])
