@@ -79,7 +79,7 @@ def build_engine(config: Config, model: nn.Module, mesh: Mesh) -> Engine:
 
 
 class LocalEngine:
-    """Plain PyTorch: AdamW, gradients summed over data and context ranks in flat buckets; divides no state by itself."""
+    """Plain PyTorch: AdamW, gradients summed over data and context ranks in flat buckets; it divides no state."""
 
     def __init__(self, config: Config, model: nn.Module, mesh: Mesh) -> None:
         self.module: Any = model

@@ -48,8 +48,8 @@ class MemoryPlan:
     carried_fill: Tensor
     """[B, H] int64: slots in the carried cache."""
     score_gradients: tuple[Tensor, Tensor] | None = None
-    """d I_t / d k_t [B, T, H, K] and d I_t / d v_t [B, T, H, V] at decided boundaries (0 elsewhere), where asked for: with the
-    open state held constant, in the dtypes of k and v."""
+    """d I_t / d k_t [B, T, H, K] and d I_t / d v_t [B, T, H, V] at decided boundaries (0 elsewhere), where asked for:
+    with the open state held constant, in the dtypes of k and v."""
 
     slots_by_chunk: dict[int, ChunkSlots] = field(default_factory=dict, repr=False, compare=False)
     """Slot indices already derived from this plan, by chunk size: affinity, gates and mixing share them."""
