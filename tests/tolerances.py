@@ -25,6 +25,7 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype
     limit = RELATIVE[dtype or actual.dtype]
     assert error <= limit, f"{name}: relative error {error:.3g} exceeds {limit:.3g}"
 
+
 RMS_FLOAT32 = 1e-5
 """Kernels against float64, as RMS error over RMS of the expected: sums in another order."""
 RMS_HALF = {"o": 5e-3, "dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dlog_decay": 2e-2, "dbeta": 2e-2, "dread_weights": 2e-2}
