@@ -215,3 +215,26 @@ def test_groups_hold_the_memory_to_the_formula():
     assert mixing_triton.group_size(256, edge // 16) == 64
     assert mixing_triton.group_size(3, edge * 100) == 2
     assert mixing_triton.group_size(5, 8) == 5
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_edges_kept_and_buffered_follow_the_formula(monkeypatch, group):
+    """Of 3 chunks: kept are the first edge and that of every later group; buffers hold G + 1 edges, two in backward."""
+    case = make_case("mamba2", batch=1)
+    plan = plan_of(case)
+    leaves = leaves_of(case, plan, 16, False, torch.zeros(1, 2, 4, 5, 4, dtype=torch.float64))
+    buffers, saved = [], []
+    real = mixing_triton._edges
+
+    def counted(initial, sizes):
+        buffers.append(real(initial, sizes))
+        return buffers[-1]
+
+    monkeypatch.setattr(mixing_triton, "_edges", counted)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        o, states, x = actual_of(leaves, plan, 16, False, torch.float32, group)
+    groups = -(-3 // group)
+    assert saved.count((1, 2, 4, 5, 4)) == groups
+    assert [b.shape[2] for b in buffers] == [group + 1]
+    o.sum().backward()
+    assert [b.shape[2] for b in buffers] == [group + 1] * 3
