@@ -17,7 +17,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"engine", "checkpoint"},
     {"evaluate", "data_prep"},
     {"train", "generate", "export"},
-    {"sweep", "quickstart", "bench"},
+    {"sweep", "quickstart", "bench", "plan_run"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it

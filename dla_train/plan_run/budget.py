@@ -1,0 +1,66 @@
+"""Memory of one rank by kind, and how much of it is held at once.
+
+Two moments compete for the peak: the loss, when everything that forward keeps is alive beside the logits; and the
+backward pass of a layer, when its recomputed activations and the workspace of mixing are. The total counts the larger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dla_train.models.cost import cache_bytes
+from dla_train.plan_run.activations import kept_by_head, kept_by_layer, loss_bytes, plans_bytes, workspace_bytes
+from dla_train.plan_run.layout import Layout
+from dla_train.plan_run.shape import Kept, LayerShape
+from dla_train.plan_run.states import States, states
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes on one rank."""
+
+    states: States
+    """What stays from step to step."""
+    activations: int
+    """What forward keeps of all layers and the head; with recomputation, the blocks' inputs and the head's."""
+    plans: int
+    """Memory plans of all layers, or attention's mask, which recomputation reads back; without it, in `activations`."""
+    recomputed: int
+    """Activations of the one layer that is computed again."""
+    workspace: int
+    """What the operations of a layer hold while they run, beside what is kept."""
+    loss: int
+    """Logits, their gradient, and what the loss keeps."""
+    layer: tuple[Kept, ...]
+    """What one layer keeps without recomputation, by part."""
+    cache_bytes: int
+    """Decode caches of all layers for one sequence; no part of the total."""
+
+    @property
+    def total(self) -> int:
+        """Most that is held at once."""
+        s = self.states
+        always = s.weights + s.gradients + s.optimizer + s.buffers + self.activations + self.plans
+        return always + max(self.loss, self.recomputed + self.workspace)
+
+
+def budget(layout: Layout, shape: LayerShape, weights: int, z_loss: bool) -> Budget:
+    """Of a rank with `weights` weights."""
+    layers = shape.model.num_layers
+    layer = kept_by_layer(shape)
+    head = sum(part.bytes for part in kept_by_head(shape))
+    kept, plans, again = sum(part.bytes for part in layer), 0, 0
+    if layout.recompute:
+        plans = plans_bytes(shape)
+        again = sum(part.bytes for part in layer if not part.of_plan)
+        kept = shape.residual_tokens * shape.compute_bytes * shape.model.width
+    return Budget(
+        states=states(layout, weights),
+        activations=layers * kept + head,
+        plans=plans,
+        recomputed=again,
+        workspace=workspace_bytes(shape),
+        loss=loss_bytes(shape, z_loss, divided=layout.tensor > 1),
+        layer=tuple(layer),
+        cache_bytes=cache_bytes(shape.model, shape.memory, 1, shape.context, compute_bytes=shape.compute_bytes),
+    )

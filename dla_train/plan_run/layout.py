@@ -1,0 +1,241 @@
+"""How a run would lie on ranks, and whether it may: every rule of the layout, each with the values that would do.
+
+config_rules.py stops at the first rule that is broken, since a run cannot start then. Here all rules of the layout are
+reported side by side, because a person who chooses one wants to see them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from dla_train.config import Config, ConfigError
+from dla_train.config_rules import validate
+from dla_train.parallel.vocab import padded_vocab
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are and what they divide."""
+
+    world_size: int
+    """All ranks."""
+    tensor: int
+    """Ranks that divide heads, MLP channels and vocabulary."""
+    context: int
+    """Ranks that divide rows along time."""
+    sequence: bool
+    """Whether tensor ranks divide the residual stream along time."""
+    engine: str
+    """`local` or `deepspeed`."""
+    zero_stage: int
+    """What the data and context ranks divide: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too."""
+    recompute: bool
+    """Whether blocks are computed again in backward."""
+    micro_batch_rows: int
+    """Rows of a micro-batch."""
+    weights: str = "float32"
+    """Type of the weights a forward pass reads; `bfloat16` keeps a float32 master copy with the optimizer states."""
+
+    @classmethod
+    def of(cls, config: Config, world_size: int = 0) -> Layout:
+        """The layout of a configuration; world_size 0 is one data-parallel rank."""
+        parallel = config.parallel
+        return cls(
+            world_size=world_size or parallel.tensor * parallel.context,
+            tensor=parallel.tensor,
+            context=parallel.context,
+            sequence=parallel.sequence,
+            engine=config.engine.name,
+            zero_stage=config.engine.zero_stage,
+            recompute=config.train.recompute,
+            micro_batch_rows=config.train.micro_batch_rows,
+            weights=getattr(config.engine, "weights", "float32"),
+        )
+
+    def onto(self, config: Config) -> Config:
+        """The configuration with this layout in place of its own."""
+        parallel = dataclasses.replace(
+            config.parallel, tensor=self.tensor, context=self.context, sequence=self.sequence
+        )
+        engine = dataclasses.replace(config.engine, name=self.engine, zero_stage=self.zero_stage)
+        train = dataclasses.replace(config.train, recompute=self.recompute, micro_batch_rows=self.micro_batch_rows)
+        return dataclasses.replace(config, parallel=parallel, engine=engine, train=train)
+
+    @property
+    def data(self) -> int:
+        """Ranks with different rows."""
+        return max(1, self.world_size // (self.tensor * self.context))
+
+    @property
+    def shards(self) -> int:
+        """Ranks with the same weights, over which gradients are summed and ZeRO divides."""
+        return self.data * self.context
+
+    def micro_batches(self, config: Config) -> int:
+        """Micro-batches of a rank in one step."""
+        return max(1, config.train.global_batch_rows // (self.micro_batch_rows * self.data))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule and whether it holds."""
+
+    rule: str
+    """What is asked for, with its numbers."""
+    problem: str = ""
+    """What is wrong and what would do; empty where the rule holds."""
+
+
+def checks(config: Config, layout: Layout) -> list[Check]:
+    """Every rule of the layout, then those of config_rules.py, which stop at the first that is broken."""
+    found = [
+        _check_ranks(layout),
+        *_check_tensor(config, layout),
+        *_check_context(config, layout),
+        _check_time(config, layout),
+        _check_rows(config, layout),
+        _check_states(layout),
+        _check_backend(config),
+    ]
+    known = {check.problem.split(" ")[0] for check in found}
+    return [*found, *(check for check in _check_settings(config, layout) if check.problem.split(" ")[0] not in known)]
+
+
+def divides(found: list[Check]) -> bool:
+    """Whether sizes of a rank can be told: no rule of the layout itself is broken."""
+    return not any(check.problem for check in found if check.rule not in _SETTINGS)
+
+
+def _check_ranks(layout: Layout) -> Check:
+    model = layout.tensor * layout.context
+    rule = f"{layout.world_size} ranks = {layout.data} data x {layout.context} context x {layout.tensor} tensor"
+    if layout.world_size % model == 0:
+        return Check(rule)
+    lower = layout.world_size // model * model
+    near = f"{lower} or {lower + model}" if lower else f"{model}"
+    what = f"is not a multiple of parallel.tensor={layout.tensor} x parallel.context={layout.context}"
+    return Check("ranks", f"world_size={layout.world_size} {what}; choose {near}")
+
+
+def _check_tensor(config: Config, layout: Layout) -> list[Check]:
+    model, ranks = config.model, layout.tensor
+    counts = {"model.num_heads": model.num_heads, "model.mlp_width": model.mlp_width}
+    if model.num_key_heads > 1:
+        counts["model.num_key_heads"] = model.num_key_heads
+    legal = [n for n in _divisors(model.num_heads) if all(count % n == 0 for count in counts.values())]
+    found = [Check(f"{key}={count} over parallel.tensor={ranks}") for key, count in counts.items()]
+    for index, (key, count) in enumerate(counts.items()):
+        if count % ranks:
+            mend = f"choose parallel.tensor from {_listed(legal)}"
+            problem = f"{key}={count} is not divisible by parallel.tensor={ranks}; {mend}"
+            found[index] = dataclasses.replace(found[index], problem=problem)
+    rows = padded_vocab(model.vocab_size, ranks)
+    found.append(
+        Check(f"model.vocab_size={model.vocab_size} over parallel.tensor={ranks}: {rows // ranks} rows a rank")
+    )
+    if layout.sequence and ranks == 1:
+        what = "is set, and divides the residual stream over the tensor ranks, of which there is one"
+        found.append(Check("sequence", f"parallel.sequence=True {what}; set parallel.sequence=false"))
+    return found
+
+
+def _check_context(config: Config, layout: Layout) -> list[Check]:
+    found: list[Check] = []
+    if config.model.num_heads % layout.tensor:
+        return found  # what context ranks would divide is not settled
+    for key, count in (
+        ("model.num_heads", config.model.num_heads),
+        ("model.num_key_heads", config.model.num_key_heads),
+    ):
+        own = max(count // layout.tensor, 1)
+        rule = f"{key}: {own} a tensor rank over parallel.context={layout.context}"
+        shared = key == "model.num_key_heads" and own == 1  # one key head goes to every rank
+        problem = ""
+        if own % layout.context and not shared:
+            what = f"leaves {own} a rank of parallel.tensor={layout.tensor}, not divisible by"
+            mend = f"choose parallel.context from {_listed(_divisors(own))}"
+            problem = f"{key}={count} {what} parallel.context={layout.context}; {mend}"
+        found.append(Check(rule, problem))
+    return found
+
+
+def _check_time(config: Config, layout: Layout) -> Check:
+    context = config.data.context_tokens
+    ranks = layout.context * (layout.tensor if layout.sequence else 1)
+    rule = f"data.context_tokens={context} over {ranks} ranks along time"
+    if context % ranks == 0:
+        return Check(rule)
+    near = context // ranks * ranks
+    mend = f"choose {near + ranks}" + (f" or {near}" if near else "")
+    what = f"is not divisible by the {ranks} ranks along time (parallel.context; x tensor with sequence)"
+    return Check(rule, f"data.context_tokens={context} {what}; {mend}")
+
+
+def _check_rows(config: Config, layout: Layout) -> Check:
+    rows, step = config.train.global_batch_rows, layout.micro_batch_rows * layout.data
+    rule = f"train.global_batch_rows={rows} over {layout.data} data ranks in micro-batches of {layout.micro_batch_rows}"
+    if rows % step == 0:
+        return Check(rule)
+    lower = rows // step * step
+    mend = f"choose {lower} or {lower + step}, or other micro-batches" if lower else f"choose {step} or more"
+    if not lower and rows % layout.micro_batch_rows == 0:
+        enough = layout.world_size * layout.micro_batch_rows // rows
+        mend += f", or parallel.tensor x parallel.context = {enough}"
+    what = f"is not a multiple of train.micro_batch_rows={layout.micro_batch_rows} x {layout.data} data-parallel ranks"
+    return Check(rule, f"train.global_batch_rows={rows} {what}; {mend}")
+
+
+def _check_states(layout: Layout) -> Check:
+    stage = layout.zero_stage
+    rule = f"engine.zero_stage={stage} with engine.name={layout.engine} and {layout.weights} weights"
+    problem = ""
+    if stage not in range(4):
+        problem = f"engine.zero_stage={stage} is not a stage of ZeRO; choose 0, 1, 2 or 3"
+    elif layout.engine == "local" and stage:
+        problem = f"engine.zero_stage={stage} needs DeepSpeed; set engine.zero_stage=0, or engine=deepspeed"
+    elif layout.weights == "bfloat16" and layout.engine == "local":
+        problem = (
+            "engine.weights=bfloat16 needs a float32 master copy, which engine.name=local has none of; use deepspeed"
+        )
+    elif layout.weights == "bfloat16" and stage == 0 and layout.tensor > 1:
+        what = "with bfloat16 weights and parallel.tensor above 1 gets a wrong gradient norm from DeepSpeed"
+        problem = f"engine.zero_stage=0 {what}; choose engine.zero_stage 1, 2 or 3"
+    return Check(rule, problem)
+
+
+def _check_backend(config: Config) -> Check:
+    backend = config.memory.backend
+    what = "is the definition, a loop over tokens for checks, and its memory is not planned"
+    problem = f"memory.backend=recurrent {what}; choose auto, triton or torch" if backend == "recurrent" else ""
+    return Check(f"memory.backend={backend}", problem)
+
+
+_SETTINGS = ("settings of the run", "settings of the run on these ranks")
+
+
+def _check_settings(config: Config, layout: Layout) -> list[Check]:
+    """Rules of config_rules.py: of the run as it is apart from its layout, then of what a run would be started with."""
+    whole = dataclasses.replace(layout, world_size=layout.data, tensor=1, context=1, sequence=False)
+    started = ((whole, layout.data), (layout, layout.world_size))
+    return [
+        Check(rule, _first_broken(placed.onto(config), ranks))
+        for rule, (placed, ranks) in zip(_SETTINGS, started, strict=True)
+    ]
+
+
+def _first_broken(config: Config, world_size: int) -> str:
+    try:
+        validate(config, world_size)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _listed(values: list[int]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
