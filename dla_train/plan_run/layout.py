@@ -85,6 +85,8 @@ class Check:
     """What is asked for, with its numbers."""
     problem: str = ""
     """What is wrong and what would do; empty where the rule holds."""
+    of_sizes: bool = True
+    """Whether a rank's sizes cannot be told while the rule is broken."""
 
 
 def checks(config: Config, layout: Layout) -> list[Check]:
@@ -103,8 +105,8 @@ def checks(config: Config, layout: Layout) -> list[Check]:
 
 
 def divides(found: list[Check]) -> bool:
-    """Whether sizes of a rank can be told: no rule of the layout itself is broken."""
-    return not any(check.problem for check in found if check.rule not in _SETTINGS)
+    """Whether sizes of a rank can be told."""
+    return not any(check.problem for check in found if check.of_sizes)
 
 
 def _check_ranks(layout: Layout) -> Check:
@@ -176,14 +178,13 @@ def _check_rows(config: Config, layout: Layout) -> Check:
     rows, step = config.train.global_batch_rows, layout.micro_batch_rows * layout.data
     rule = f"train.global_batch_rows={rows} over {layout.data} data ranks in micro-batches of {layout.micro_batch_rows}"
     if rows % step == 0:
-        return Check(rule)
+        return Check(rule, of_sizes=False)
     lower = rows // step * step
     mend = f"choose {lower} or {lower + step}, or other micro-batches" if lower else f"choose {step} or more"
-    if not lower and rows % layout.micro_batch_rows == 0:
-        enough = layout.world_size * layout.micro_batch_rows // rows
-        mend += f", or parallel.tensor x parallel.context = {enough}"
+    if not lower and layout.world_size * layout.micro_batch_rows % rows == 0:
+        mend += f", or parallel.tensor x parallel.context = {layout.world_size * layout.micro_batch_rows // rows}"
     what = f"is not a multiple of train.micro_batch_rows={layout.micro_batch_rows} x {layout.data} data-parallel ranks"
-    return Check(rule, f"train.global_batch_rows={rows} {what}; {mend}")
+    return Check(rule, f"train.global_batch_rows={rows} {what}; {mend}", of_sizes=False)
 
 
 def _check_states(layout: Layout) -> Check:
@@ -211,16 +212,14 @@ def _check_backend(config: Config) -> Check:
     return Check(f"memory.backend={backend}", problem)
 
 
-_SETTINGS = ("settings of the run", "settings of the run on these ranks")
-
-
 def _check_settings(config: Config, layout: Layout) -> list[Check]:
     """Rules of config_rules.py: of the run as it is apart from its layout, then of what a run would be started with."""
     whole = dataclasses.replace(layout, world_size=layout.data, tensor=1, context=1, sequence=False)
-    started = ((whole, layout.data), (layout, layout.world_size))
     return [
-        Check(rule, _first_broken(placed.onto(config), ranks))
-        for rule, (placed, ranks) in zip(_SETTINGS, started, strict=True)
+        Check("settings of the run", _first_broken(whole.onto(config), layout.data), of_sizes=False),
+        Check(
+            "settings of the run on these ranks", _first_broken(layout.onto(config), layout.world_size), of_sizes=False
+        ),
     ]
 
 

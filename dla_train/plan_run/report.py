@@ -150,7 +150,7 @@ def _chosen_row(plan: Plan) -> list[str]:
         held if plan.fits else f"**{held}: does not fit**",
         sent,
         f"{plan.speed.tokens_per_second / 1e3:,.0f}k",
-        f"{plan.speed.days:.2f}",
+        f"{plan.speed.days:.3g}",
     ]
 
 

@@ -47,7 +47,10 @@ def held_and_sent(axes: Axes, overrides: str) -> dict[str, float]:
 
 
 def engine_states(axes: Axes, overrides: str) -> dict[str, float]:
-    """Bytes of weights, and of master copies and moments, that DeepSpeed keeps on this rank after a step."""
+    """Bytes of weights, and of master copies and moments, that DeepSpeed keeps on this rank after a step.
+
+    And its settings: gradients in a bucket, and weights that stage 3 leaves gathered.
+    """
     config = configuration(overrides)
     with Mesh.start(config) as mesh, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own, of names that torch has deprecated
@@ -60,7 +63,12 @@ def engine_states(axes: Axes, overrides: str) -> dict[str, float]:
         inner = engine.module.optimizer.optimizer
         moments = [value for state in inner.state.values() for value in state.values() if value.numel() > 1]
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
-        return {"weights": bytes_of(weights), "optimizer": bytes_of([*inner.state, *moments])}
+        return {
+            "weights": bytes_of(weights),
+            "optimizer": bytes_of([*inner.state, *moments]),
+            "bucket": float(engine.module.zero_reduce_bucket_size()),
+            "gathered": float(engine.module.zero_max_live_parameters()),
+        }
 
 
 def logits_and_targets(module: Callable[..., Any], config: Config) -> tuple[Tensor, Tensor]:

@@ -112,9 +112,10 @@ def test_the_local_engine_keeps_the_states_that_the_plan_says(case: str) -> None
 def test_triton_operations_keep_what_the_plan_says(case: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton's interpreter; `fused`: norms and convolution in Triton too, as on CUDA."""
     pytest.importorskip("triton", reason="needs Triton")
-    sizes = ("memory.chunk_tokens=16", "data.context_tokens=40", "train.micro_batch_rows=1", "model.num_layers=1")
+    sizes = ("memory.chunk_tokens=16", "data.context_tokens=24", "train.micro_batch_rows=1", "model.num_layers=1")
     slots = () if "memory=single" in CASES[case] else ("memory.capacity=5",)
-    config = configured(*CASES[case], "memory.backend=triton", *sizes, *slots)
+    heads = ("model.num_heads=2", "model.num_key_heads=2")
+    config = configured(*CASES[case], "memory.backend=triton", *sizes, *slots, *heads)
     if fused:
         chosen = launch.resolve_backend
         monkeypatch.setattr(launch, "resolve_backend", lambda backend, *tensors: chosen(backend or "triton", *tensors))
@@ -181,9 +182,11 @@ def test_two_ranks_keep_and_send_what_the_plan_says(two_ranks: Outcomes, check: 
 
 @pytest.mark.parametrize("check", ZERO, ids=("1", "2", "3"))
 def test_zero_divides_states_over_two_ranks_as_the_plan_says(two_ranks: Outcomes, check: Check) -> None:
-    _, found = of_check(check)
+    config, found = of_check(check)
     assert found.memory is not None
     for real in two_ranks.of(check):
+        gathered = min(found.parameters, real["gathered"]) if config.engine.zero_stage == 3 else 0
+        assert found.memory.states.buffers == 4 * (real["bucket"] + gathered)
         assert found.memory.states.weights == pytest.approx(real["weights"], rel=1e-3)
         assert found.memory.states.optimizer == pytest.approx(real["optimizer"], rel=1e-3)
 

@@ -94,6 +94,11 @@ def test_every_broken_rule_is_listed_once_and_sizes_of_a_rank_are_left_out() -> 
     assert found.parameters > 1e9 and "memory of a rank" not in report(found)
 
 
+def test_a_batch_that_does_not_divide_leaves_the_sizes_of_a_rank_known() -> None:
+    found = planned(compose(["experiment=paper_mamba2_780m_dla"]), world_size=3)
+    assert not found.legal and found.memory is not None and found.traffic is not None
+
+
 def test_the_token_loop_is_not_planned() -> None:
     found = planned(compose(["experiment=quickstart", "memory.backend=recurrent"]))
     assert any("memory.backend=recurrent" in check.problem for check in found.checks) and found.memory is None
