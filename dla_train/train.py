@@ -36,9 +36,9 @@ from dla_train.data.loader import Batch, DataSources, open_sources
 from dla_train.data.packing import IGNORED_TARGET
 from dla_train.engine import Engine, build_engine
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
-from dla_train.evaluate.loading import build_model
 from dla_train.hydra_app import config_to_yaml, run_application
 from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
+from dla_train.models.build import meta_model
 from dla_train.optim import gate_temperature, learning_rate
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry import MemoryTelemetry
@@ -89,7 +89,7 @@ def train(config: Config) -> TrainResult:
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         check_run_directory(config, identity, mesh)
-        model = build_model(config, mesh.device, mesh.axes)
+        model = meta_model(config, mesh.axes)
         engine = build_engine(config, model, mesh)
         checkpointer = Checkpointer(config, mesh)
         resumed = checkpointer.resume(engine)

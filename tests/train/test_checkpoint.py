@@ -12,7 +12,8 @@ from torch import Tensor
 from dla_train.checkpoint import Checkpointer, CheckpointError, RunDirectoryError, complete_steps
 from dla_train.checkpoint.folders import MARKER, checkpoint_folder, remove_incomplete, remove_old
 from dla_train.config import Config
-from dla_train.evaluate.loading import build_model, load_model
+from dla_train.evaluate.loading import load_model
+from dla_train.models.build import build_model
 from dla_train.parallel.mesh import Mesh
 from dla_train.train import train
 from tests.train.runs import TINY, numbers_of, run_python, tensors_of
