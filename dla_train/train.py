@@ -39,6 +39,7 @@ from dla_train.evaluate.held_out import HeldOut, held_out_loss
 from dla_train.hydra_app import config_to_yaml, run_application
 from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
 from dla_train.models.build import meta_model
+from dla_train.models.cost import memory_capacity, merge_cache_bytes
 from dla_train.optim import gate_temperature, learning_rate
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry import MemoryTelemetry
@@ -265,8 +266,17 @@ def _headline(config: Config, mesh: Mesh, parameters: int, done: int) -> str:
     return (
         f"{config.name} {start}: {parameters / 1e6:.1f}M parameters, {config.model.backbone} x {config.memory.policy}, "
         f"engine {config.engine.name}, {mesh.size} rank(s) on {mesh.device.type}, {config.train.steps} steps, "
-        f"{Path(config.run_dir)}"
+        f"{Path(config.run_dir)}{_cache_line(config, mesh)}"
     )
+
+
+def _cache_line(config: Config, mesh: Mesh) -> str:
+    """What the memories of one rank's heads hold for a micro-batch; nothing for attention."""
+    model, rows, axes = config.model, config.train.micro_batch_rows, mesh.axes
+    size = merge_cache_bytes(model, config.memory, axes, rows)
+    heads = model.num_heads // (axes.tensor.size * axes.context.size)
+    shape = f"{rows} rows x {model.num_layers} layers x {heads} heads x {memory_capacity(config.memory)} slots"
+    return f"\n  merge cache: {size:,} bytes on each rank at any context ({shape})" if size else ""
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def deepspeed_config(config: Config, axes: Axes, device: str) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     if config.engine.weights == "bfloat16":
-        settings["bf16"] = {"enabled": True}
+        # at stage 1 gradients of earlier micro-batches would otherwise be added once more with every later one
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings
