@@ -11,6 +11,17 @@ import torch.distributed as dist
 from dla_train.config import Config, ConfigError
 from dla_train.parallel.axes import Axes
 
+# DeepSpeed's own sizes suit models of many billions: two buffers of 5e8 gradients whatever the model, and up to 1e9
+# weights that stage 3 leaves gathered, which is all of the paper's models.
+BUCKET_ELEMENTS = 2**25
+"""Gradients summed at once; there are two such buffers, one being filled while the other is summed."""
+LIVE_ELEMENTS = 2**27
+"""Weights that stage 3 keeps gathered at most."""
+PREFETCH_ELEMENTS = 2**25
+"""Weights that stage 3 gathers ahead of their use."""
+PERSISTENT_ELEMENTS = 2**14
+"""Weights of at most this size stay gathered: vectors, for which a gather costs more than it saves."""
+
 
 class ModelParallelUnit:
     """The names under which DeepSpeed asks Megatron about ranks (`mpu`), answered from the axes.
@@ -68,7 +79,14 @@ def deepspeed_config(config: Config, axes: Axes, device: str) -> dict[str, Any]:
     train, stage = config.train, config.engine.zero_stage
     zero: dict[str, Any] = {"stage": stage}
     if stage:
-        zero["overlap_comm"] = True
+        zero |= {"overlap_comm": True, "reduce_bucket_size": BUCKET_ELEMENTS}
+    if stage == 3:
+        zero |= {
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        }
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     settings = {

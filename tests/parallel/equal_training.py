@@ -25,7 +25,7 @@ from dla_train.config import (
     TrainConfig,
 )  # fmt: skip
 from dla_train.config_rules import validate
-from dla_train.engine import LocalEngine, build_engine
+from dla_train.engine import LocalEngine, build_engine, gradients, zero_settings
 from dla_train.logical_state import module_tensors
 from dla_train.models.build import build_model, meta_model
 from dla_train.parallel.axes import Axes
@@ -35,6 +35,9 @@ from tests.parallel.equal_models import whole_logits
 from tests.tolerances import TRAINING
 
 ROWS, TOKENS, STEPS, KEPT = 4, 24, 5, (1, 5)
+gradients.BUCKET_ELEMENTS = zero_settings.BUCKET_ELEMENTS = 700
+zero_settings.LIVE_ELEMENTS, zero_settings.PREFETCH_ELEMENTS, zero_settings.PERSISTENT_ELEMENTS = 2000, 500, 20
+"""So small that these models fill several buckets, some parameters fit in none, and stage 3 gathers and releases."""
 EDGES = (0, 7, 8, 19)
 """Where documents begin in a row, if it is packed."""
 

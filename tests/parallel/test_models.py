@@ -97,7 +97,7 @@ def test_merge_caches_are_carried_between_rows_and_keep_the_size_that_is_printed
     for check in CARRIED[ranks]:
         model, memory = configs(check.arguments["backbone"], "dla", json.loads(check.arguments.get("changes", "{}")))
         heads, keys = model.num_heads // ranks, max(model.num_key_heads // ranks, 1)
-        # states, routing sums and gates, and the taps' window; then counts, scores and fill of 8 bytes, and the position
+        # states, routing sums, gates and the taps' window; then counts, scores, fill and position of 8 bytes
         numbers = heads * memory.capacity * (4 * 6 + 4 + 1) + 3 * (heads * 6 + 2 * keys * 4)
         others = heads * memory.capacity * 16 + 8 * heads + 8
         axes = Axes.planned(tensor=check.tensor, context=check.context)

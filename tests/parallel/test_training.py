@@ -30,6 +30,7 @@ FLOAT32 = [
     *checks_of(LAYOUTS, KINDS, [LOCAL]),
     *checks_of(LAYOUTS[3:], KINDS, [LOCAL], packed=False),
     *checks_of(LAYOUTS, MAIN, STAGES),
+    *checks_of(LAYOUTS[2:], [kind for kind in KINDS if kind not in MAIN], STAGES),
     *checks_of(LAYOUTS[1:], MAIN[:1], [0]),
     *checks_of(LAYOUTS[2:], MAIN[:1], STAGES, changes=OFFLOADED),
 ]
