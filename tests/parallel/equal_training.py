@@ -31,10 +31,11 @@ from dla_train.models.build import build_model, meta_model
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.mesh import Mesh
 from dla_train.parallel.sections import whole_of
+from tests.parallel import ranks
 from tests.parallel.equal_models import whole_logits
 from tests.tolerances import TRAINING
 
-ROWS, TOKENS, STEPS, KEPT = 4, 24, 5, (1, 5)
+TOKENS, STEPS, KEPT = 24, 5, (1, 5)
 gradients.BUCKET_ELEMENTS = zero_settings.BUCKET_ELEMENTS = 700
 zero_settings.LIVE_ELEMENTS, zero_settings.PREFETCH_ELEMENTS, zero_settings.PERSISTENT_ELEMENTS = 2000, 500, 20
 """So small that these models fill several buckets, some parameters fit in none, and stage 3 gathers and releases."""
@@ -42,7 +43,7 @@ EDGES = (0, 7, 8, 19)
 """Where documents begin in a row, if it is packed."""
 
 
-def configuration(backbone, policy, changes, axes, stage, dtype):
+def configuration(backbone, policy, changes, axes, stage, dtype, rows=4):
     """Of a run in the layout `axes` with DeepSpeed's `stage`, -1 for the local engine."""
     reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
     config = Config(
@@ -62,7 +63,9 @@ def configuration(backbone, policy, changes, axes, stage, dtype):
         # A large epsilon: Adam divides by the root of the second moment, so that a gradient of rounding noise alone
         # would move its parameter by the whole learning rate, in a direction of its own.
         optim=OptimConfig(lr=2e-3, eps=1e-4, clip_norm=0.5, schedule="constant"),
-        train=TrainConfig(steps=STEPS, global_batch_rows=ROWS, micro_batch_rows=1, dtype=dtype, device="cpu"),
+        train=TrainConfig(
+            steps=STEPS, global_batch_rows=rows, micro_batch_rows=1, dtype=dtype, device=ranks.device.type
+        ),
         parallel=ParallelConfig(tensor=axes.tensor.size, sequence=axes.sequence, context=axes.context.size),
         engine=EngineConfig(name="local" if stage < 0 else "deepspeed", zero_stage=max(stage, 0)),
         checkpoint=CheckpointConfig(), logging=LoggingConfig(),
@@ -73,13 +76,14 @@ def configuration(backbone, policy, changes, axes, stage, dtype):
     return config
 
 
-def rows_of(step, packed):
-    """(tokens, targets) [ROWS, TOKENS] of a step, and the edges of each row's documents."""
+def rows_of(step, rows, packed):
+    """(tokens, targets) [rows, TOKENS] of a step, and the edges of each row's documents."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 40, (ROWS, TOKENS + 1), generator=generator)
+    tokens = torch.randint(0, 40, (rows, TOKENS + 1), generator=generator)
     targets = tokens[:, 1:].clone()
-    targets[step % ROWS, 3:5] = -100
-    return tokens[:, :-1].contiguous(), targets, torch.tensor([*(EDGES if packed else (0,)), TOKENS])
+    targets[step % rows, 3:5] = -100
+    edges = torch.tensor([*(EDGES if packed else (0,)), TOKENS])
+    return tokens[:, :-1].contiguous().to(ranks.device), targets.to(ranks.device), edges.to(ranks.device)
 
 
 @dataclasses.dataclass
@@ -95,12 +99,13 @@ class Path:
 
 def walk(engine, config, axes, packed):
     """Train STEPS steps -> Path; the gradient and the logits are those of the first."""
-    share = ROWS // axes.data.size
+    rows = config.train.global_batch_rows
+    share = rows // axes.data.size
     own = range(axes.data.rank * share, (axes.data.rank + 1) * share)
     path = Path([], [], None, {}, {})
     for step in range(1, STEPS + 1):
-        tokens, targets, edges = rows_of(step, packed)
-        count, total = (targets != -100).sum(), torch.zeros(())
+        tokens, targets, edges = rows_of(step, rows, packed)
+        count, total = (targets != -100).sum(), torch.zeros((), device=ranks.device)
         for row in own:
             output = engine.module(tokens[row : row + 1], edges, gate_temperature=0.5)
             nats, partition, _ = engine.module.token_loss(output.logits, targets[row : row + 1], 1e-2)
@@ -122,21 +127,21 @@ def walk(engine, config, axes, packed):
 
 
 @functools.cache
-def of_one_rank(backbone, policy, packed, changes, dtype):
+def of_one_rank(backbone, policy, packed, changes, dtype, rows):
     """The path of the local engine on one rank."""
     axes = Axes.single()
     changes = {key: value for key, value in json.loads(changes).items() if not key.startswith("engine.")}
-    config = configuration(backbone, policy, changes, axes, -1, dtype)
-    alone = Mesh(rank=0, size=1, device=torch.device("cpu"), owns_group=False)
+    config = configuration(backbone, policy, changes, axes, -1, dtype, rows)
+    alone = Mesh(rank=0, size=1, device=ranks.device, owns_group=False)
     return walk(LocalEngine(config, meta_model(config).train(), alone), config, axes, packed)
 
 
-def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype="float32", bug=""):
+def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype="float32", rows=4, bug=""):
     """Names of what differs from one rank, "" for none; beside it the largest errors of each kind. `bug` plants one."""
     warnings.simplefilter("ignore")  # DeepSpeed's own, of names that torch has deprecated
-    config = configuration(backbone, policy, json.loads(changes), axes, stage, dtype)
+    config = configuration(backbone, policy, json.loads(changes), axes, stage, dtype, rows)
     validate(config, dist.get_world_size())
-    mesh = Mesh(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), False, axes)
+    mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
     engine = build_engine(config, meta_model(config, axes).train(), mesh)
     if bug == "no gradients of other rows":
         engine._sum.start = lambda: None
@@ -146,7 +151,7 @@ def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype=
     if bug == "divided parameters unmarked":
         for parameter in engine._bare_module.parameters():
             parameter.tensor_model_parallel = False
-    actual, wanted = walk(engine, config, axes, packed), of_one_rank(backbone, policy, packed, changes, dtype)
+    actual, wanted = walk(engine, config, axes, packed), of_one_rank(backbone, policy, packed, changes, dtype, rows)
     return compared(actual, wanted, config, axes, TRAINING[dtype]) | decisions(engine)
 
 
@@ -188,7 +193,7 @@ def initial_differences(axes, stage, weights):
     warnings.simplefilter("ignore")
     changes = {"engine.weights": weights, "memory.tau_control": "learned"}
     config = configuration("gated_deltanet", "dla", changes, axes, stage, weights)
-    mesh = Mesh(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), False, axes)
+    mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
     engine = build_engine(config, meta_model(config, axes), mesh)
     if stage < 0:
         state = ((name.removeprefix("model/"), tensor) for name, tensor in module_tensors(engine.module))
@@ -196,6 +201,6 @@ def initial_differences(axes, stage, weights):
     else:
         state = ((n.removeprefix("model/"), t) for n, t in engine.export_state() if n.startswith("model/"))
     found = {name: tensor.clone() for name, tensor in state}
-    expected = build_model(config, "cpu").state_dict()
+    expected = build_model(config, ranks.device).state_dict()
     assert found.keys() == expected.keys()
     return {"differ": "; ".join(name for name, tensor in expected.items() if not torch.equal(found[name], tensor))}
