@@ -126,7 +126,8 @@ class Loop:
             sums, targets, numbers = self._train_step(done)
             done += 1
             if self.log.due(done, self.last):
-                nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
+                with self.log.clock.phase("exchange"):
+                    nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
                 loss = nats
                 numbers |= {"loss": nats} | ({"z_loss": partition} if self.config.optim.z_loss else {})
                 self.log.training(done, numbers)
@@ -150,7 +151,8 @@ class Loop:
             batches = self.sources.train.batch(
                 done, self.mesh.data_rank, self.mesh.data_size, config.train.micro_batch_rows
             )
-        targets = self._target_count(batches)
+        with clock.phase("exchange"):
+            targets = self._target_count(batches)
         sums = torch.zeros(2, device=self.mesh.device)
         for index, batch in enumerate(batches):
             with clock.phase("forward"):
@@ -238,13 +240,15 @@ class RunLog:
 
     def end_step(self, tokens: int) -> None:
         """Stop the clock after a step over `tokens` tokens (all ranks), take the memory's counts, move the bar."""
-        self._memory.after_step()
+        with self.clock.phase("exchange"):
+            self._memory.after_step()
         self._speed.add(tokens, self.clock.end_step())
         self._bar.update()
 
     def training(self, step: int, numbers: dict[str, Any]) -> None:
         """Write the line of a training step. Collective."""
-        numbers = numbers | self._speed.read() | self._memory.read()
+        with self.clock.phase("exchange"):
+            numbers = numbers | self._speed.read() | self._memory.read()
         shown = {"loss": f"{numbers['loss']:.4f}", "tokens/s": f"{numbers['tokens_per_second']:,.0f}"}
         self._bar.set_postfix(shown)
         self._write(step, numbers)
