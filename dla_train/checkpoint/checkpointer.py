@@ -103,7 +103,7 @@ class Checkpointer:
 
     def finish(self) -> str | None:
         """Wait for the save in progress, if any. Returns why it failed, the same text on every rank, or None."""
-        saving, self._saving = self._saving, None
+        saving = self._saving
         if saving is None:
             return None
         started = time.perf_counter()
@@ -112,6 +112,7 @@ class Checkpointer:
         if failed:
             saving.give_up()
         outcome = self._mesh.from_writer(saving.committed())
+        self._saving = None
         waited = time.perf_counter() - started
         if waited > WAIT_SHOWN_SECONDS and self._mesh.is_writer:
             logger.info("waited %.1f s for the checkpoint of step %d", waited, saving.step)
@@ -123,7 +124,6 @@ class Checkpointer:
     def close(self) -> None:
         """End the threads, on any way out: this rank's part is still written, and others' are given a short while."""
         if self._saving is not None:
-            self._saving.written()
             self._saving.give_up(GRACE_SECONDS)
             self._saving = None
         self._pool.shutdown()

@@ -131,7 +131,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _check(found: Found) -> CheckpointError | None:
     """Hash one checkpoint, with a progress bar on standard error."""
     try:
-        checkpoint = StoredCheckpoint(found.folder)
+        checkpoint = StoredCheckpoint(found.folder, found.step)
         total = checkpoint.manifest.total_bytes
         with tqdm(total=total, unit="B", unit_scale=True, desc=found.folder.name, leave=False, delay=1) as bar:
             checkpoint.verify(progress=bar.update)

@@ -84,10 +84,11 @@ def marker_text(manifest_sha256: str) -> str:
     return f"{manifest_sha256}  {MANIFEST}\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, step: int | None = None) -> Manifest:
     """The manifest of a complete checkpoint; sizes of all files are compared, contents are not (see `check_file`).
 
-    Raises DamagedError, and CheckpointError for another layout or files that may not be read.
+    step: the one that the folder's name says, if it does. Raises DamagedError, and CheckpointError for another layout
+    or files that may not be read.
     """
     marker = read_small(folder / MARKER)
     if marker.startswith(b"{"):
@@ -99,6 +100,8 @@ def read_manifest(folder: Path) -> Manifest:
     if marker != marker_text(hashlib.sha256(content).hexdigest()).encode():
         raise DamagedError(f"{folder} is damaged: {MANIFEST} is not the one its {MARKER} marker names")
     manifest = _manifest_of(folder, parse_json(folder / MANIFEST, content))
+    if step is not None and manifest.step != step:
+        raise DamagedError(f"{folder} holds step {manifest.step} by its {MANIFEST}; it was renamed or copied here")
     for name, record in manifest.files.items():
         _check_size(folder, name, record)
     return manifest

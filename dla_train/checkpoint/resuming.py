@@ -51,7 +51,7 @@ def newest_undamaged(
         raise steps
     for step in reversed(steps):
         folder = checkpoint_folder(root, step)
-        opened, error = _open(folder, shapes, mesh, progress)
+        opened, error = _open(folder, step, shapes, mesh, progress)
         worst = _worst(mesh.gather(error))
         if worst is None:
             return opened
@@ -76,11 +76,11 @@ def _marked_steps(root: Path) -> list[int] | CheckpointError:
 
 
 def _open(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, progress: bool
+    folder: Path, step: int, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, progress: bool
 ) -> tuple[Opened | None, CheckpointError | None]:
     """Hash this rank's share of the files, then read all that is small."""
     try:
-        checkpoint = StoredCheckpoint(folder)
+        checkpoint = StoredCheckpoint(folder, step)
         share = checkpoint.shares(mesh.size)[mesh.rank]
         total = sum(checkpoint.manifest.files[name].bytes for name in share)
         hidden = not (progress and mesh.is_writer)

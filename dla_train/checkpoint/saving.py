@@ -80,7 +80,8 @@ class BackgroundSave:
         return _failure(self._committing) if self._committing else None
 
     def give_up(self, grace_seconds: float = 0.0) -> None:
-        """Let rank 0 wait no longer than `grace_seconds` for parts that have not come."""
+        """Write this rank's part to its end, but on rank 0 wait only `grace_seconds` more for the others'."""
+        wait_for([self._writing])
         if self._committing is not None:
             wait_for([self._committing], timeout=grace_seconds)
         self._given_up.set()
@@ -122,7 +123,8 @@ class BackgroundSave:
         """Every rank's files, once all have written theirs. Raises CheckpointError if one never will."""
         part = self._part
         folder, files = partial_folder(part.root, part.step), dict[str, FileRecord]()
-        wait_for([self._writing])
+        if self._writing.exception() is not None:
+            raise CheckpointError("rank 0 could not write its part")
         deadline = time.monotonic() + part.timeout_seconds
         for rank in range(part.ranks):
             path = folder / f"part_{rank:05d}.json"

@@ -35,10 +35,13 @@ HASHING_THREADS = 4
 class StoredCheckpoint:
     """One checkpoint whose manifest holds and whose files have their sizes; hashes are compared by `verify`."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises DamagedError, and CheckpointError for another layout or files that may not be read."""
+    def __init__(self, folder: Path, step: int | None = None) -> None:
+        """`step` is the one it must be of, if that is known.
+
+        Raises DamagedError, and CheckpointError for another layout or files that may not be read.
+        """
         self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+        self.manifest: Manifest = read_manifest(folder, step)
 
     def verify(self, names: Sequence[str] | None = None, progress: Callable[[int], object] | None = None) -> None:
         """Hash the named files (default: all) in a few threads. Raises DamagedError for the first that differs."""
@@ -93,4 +96,4 @@ def open_step(run_dir: str | Path, step: int | None = None) -> tuple[StoredCheck
     for passed_over in found.values():
         if step is None and passed_over.step > chosen.step:
             logger.warning("step %d is taken: %s", chosen.step, passed_over.fault)
-    return StoredCheckpoint(chosen.folder), chosen.step
+    return StoredCheckpoint(chosen.folder, chosen.step), chosen.step

@@ -70,7 +70,8 @@ class StoredTensors(Mapping[str, Tensor]):
     """Tensors of some files, by name, each read when it is asked for.
 
     A tensor is a private view of its file's pages, which the system drops under pressure: holding them all costs no
-    more than the page cache. Raises DamagedError where a file is no safetensors file or a name occurs twice.
+    more than the page cache. Writing to one does not reach the file.
+    Raises DamagedError where a file is no safetensors file or a name occurs twice.
     """
 
     def __init__(self, folder: Path, names: list[str]) -> None:
