@@ -153,6 +153,7 @@ class Checkpointer:
             return None
         engine.import_state(opened.tensors, opened.step)
         restore_random_state(opened.random, self._mesh.device)
+        self._mesh.barrier()  # from here on the files may change: no rank reads them any more
         return Resumed(step=opened.step, data=opened.data)
 
     def _prepare(self, step: int) -> OSError | RunDirectoryError | None:

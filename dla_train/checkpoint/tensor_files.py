@@ -71,6 +71,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     A tensor is a private view of its file's pages, which the system drops under pressure: holding them all costs no
     more than the page cache. Writing to one does not reach the file.
+    The file must stay as it is meanwhile: a page that is gone when it is looked at ends the process (SIGBUS).
     Raises DamagedError where a file is no safetensors file or a name occurs twice.
     """
 
