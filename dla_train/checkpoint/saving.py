@@ -50,6 +50,10 @@ class Part:
     """How long rank 0 waits for the others after its own part."""
 
 
+class PartMissingError(CheckpointError):
+    """A rank failed, and said so itself."""
+
+
 class BackgroundSave:
     """A save that has been started. Its methods wait for this process alone and are no collectives."""
 
@@ -68,16 +72,17 @@ class BackgroundSave:
         self.step = part.step
         self._part, self._before_commit, self._after_commit = part, before_commit, after_commit
         self._given_up = threading.Event()
-        self._writing: Future[None] = pool.submit(self._write)
-        self._committing: Future[None] | None = pool.submit(self._commit) if part.rank == 0 else None
+        # reasons are texts: an exception would keep this object, and with it the process group, alive until the end
+        self._writing: Future[str | None] = pool.submit(self._write)
+        self._committing: Future[str | None] | None = pool.submit(self._commit) if part.rank == 0 else None
 
     def written(self) -> str | None:
         """Wait until this rank's part is on the disk; the reason if it is not."""
-        return _failure(self._writing)
+        return self._writing.result()
 
     def committed(self) -> str | None:
         """Wait, on rank 0, until the checkpoint is complete; the reason if it is not."""
-        return _failure(self._committing) if self._committing else None
+        return self._committing.result() if self._committing else None
 
     def give_up(self, grace_seconds: float = 0.0) -> None:
         """Write this rank's part to its end, but on rank 0 wait only `grace_seconds` more for the others'."""
@@ -86,7 +91,7 @@ class BackgroundSave:
             wait_for([self._committing], timeout=grace_seconds)
         self._given_up.set()
 
-    def _write(self) -> None:
+    def _write(self) -> str | None:
         part = self._part
         folder = partial_folder(part.root, part.step)
         mark = folder / f"part_{part.rank:05d}"
@@ -106,25 +111,28 @@ class BackgroundSave:
                     path.unlink()
             with contextlib.suppress(OSError):
                 write_atomically(mark.with_suffix(".failed"), str(error))
-            raise
+            return str(error)
+        return None
 
-    def _commit(self) -> None:
+    def _commit(self) -> str | None:
         part = self._part
         try:
             files = self._collect_parts()
             self._before_commit()
             commit(part.root, part.step, files)
-        except OSError as error:
-            logger.error("the checkpoint of step %d cannot be completed: %s", part.step, error)
-            raise
+        except (OSError, CheckpointError, RunDirectoryError) as error:
+            if not isinstance(error, PartMissingError):
+                logger.error("the checkpoint of step %d cannot be completed: %s", part.step, error)
+            return str(error)
         self._after_commit(part.step)
+        return None
 
     def _collect_parts(self) -> dict[str, FileRecord]:
         """Every rank's files, once all have written theirs. Raises CheckpointError if one never will."""
         part = self._part
         folder, files = partial_folder(part.root, part.step), dict[str, FileRecord]()
-        if self._writing.exception() is not None:
-            raise CheckpointError("rank 0 could not write its part")
+        if self.written() is not None:
+            raise PartMissingError("rank 0 could not write its part")
         deadline = time.monotonic() + part.timeout_seconds
         for rank in range(part.ranks):
             path = folder / f"part_{rank:05d}.json"
@@ -138,22 +146,12 @@ class BackgroundSave:
         pause = 0.01
         while not path.exists():
             if path.with_suffix(".failed").exists():
-                raise CheckpointError(f"rank {rank} could not write its part")
+                raise PartMissingError(f"rank {rank} could not write its part")
             if self._given_up.wait(pause):
-                raise CheckpointError(f"rank {rank} did not write its part")
+                raise PartMissingError(f"rank {rank} did not write its part")
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"rank {rank} wrote no part within {self._part.timeout_seconds:.0f} s after rank 0 "
                     "(parallel.timeout_minutes); run_dir must be on a file system that all nodes share"
                 )
             pause = min(2 * pause, LONGEST_POLL_SECONDS)
-
-
-def _failure(future: Future[None]) -> str | None:
-    """Wait for a thread; the reason it failed for. An error that no disk explains is raised as it is."""
-    error = future.exception()
-    if error is None:
-        return None
-    if isinstance(error, OSError | CheckpointError | RunDirectoryError):
-        return str(error)
-    raise error
