@@ -12,10 +12,11 @@ from torch import Tensor
 from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps
 from dla_train.checkpoint.folders import checkpoint_folder
 from dla_train.checkpoint.manifest import MARKER
+from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
 from dla_train.evaluate.loading import build_model, load_model
 from dla_train.train import train
-from tests.train.runs import TINY, numbers_of, run_python, tensors_of
+from tests.train.runs import TINY, numbers_of, run_python, run_training, tensors_of
 
 MakeConfig = Callable[..., Config]
 
@@ -44,6 +45,74 @@ def test_a_run_resumed_in_a_new_process_equals_the_whole_run_bit_for_bit(
     whole, resumed = tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "run", 8)
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_saving_in_the_background_every_step_changes_no_bit_of_the_run_or_of_a_checkpoint(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    """Each checkpoint written while training went on is the one of a run that stopped there, and is gone on from."""
+    often = ["memory=dla_rate", "checkpoint.interval_steps=1", "checkpoint.keep_last=0"]
+    train(tiny(*often, f"run_dir={tmp_path}/whole"))
+    for step in (2, 5):
+        train(tiny("memory=dla_rate", "checkpoint.asynchronous=false", f"train.stop_at_step={step}"))
+        background, stopped = tensors_of(tmp_path / "whole", step), tensors_of(tmp_path / "run", step)
+        assert background.keys() == stopped.keys()
+        assert [name for name in stopped if not torch.equal(background[name], stopped[name])] == []
+    for step in (7, 8):
+        shutil.rmtree(checkpoint_folder(tmp_path / "whole/checkpoints", step))
+    train(tiny("memory=dla_rate", f"run_dir={tmp_path}/whole"))
+    train(tiny("memory=dla_rate"))
+    names = ("loss", "grad_norm", "tau")
+    assert numbers_of(tmp_path / "whole", *names) == numbers_of(tmp_path / "run", *names)
+
+
+def test_the_number_of_loader_workers_may_change_from_start_to_start(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny(f"run_dir={tmp_path}/whole"))
+    for step, workers in ((3, 2), (5, 0), (8, 3)):
+        train(tiny(f"train.stop_at_step={step}", f"data.loader_workers={workers}"))
+    names = ("loss", "grad_norm", "lr")
+    assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "whole", *names)
+    whole, resumed = tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "run", 8)
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_a_run_goes_from_two_ranks_to_one_and_back_to_two(tiny: MakeConfig, corpus: list[str], tmp_path: Path) -> None:
+    def start(step: int, ranks: int) -> None:
+        overrides = [*TINY, *corpus, f"run_dir={tmp_path}/run", "checkpoint.keep_last=0", f"train.stop_at_step={step}"]
+        run_training(tmp_path / "spec.json", [overrides], ranks=ranks)
+
+    train(tiny(f"run_dir={tmp_path}/whole"))
+    start(3, ranks=2)
+    train(tiny("train.stop_at_step=5", "checkpoint.keep_last=0"))
+    start(8, ranks=2)
+    names = ("loss", "grad_norm", "lr")
+    expected, actual = (torch.tensor(numbers_of(tmp_path / name, *names)) for name in ("whole", "run"))
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=0)  # gradients are summed in another order
+    ranks = [{name for name in tensors_of(tmp_path / "run", step) if "rng" in name} for step in (3, 5, 8)]
+    assert [len(names) for names in ranks] == [2, 1, 2]
+
+
+def test_two_jobs_in_one_directory_are_refused_and_a_finished_one_leaves_no_lock(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    train(tiny("train.stop_at_step=1"))
+    assert not list((tmp_path / "run").glob("run.lock*"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    lock = RunLock(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="is being trained by process"):
+        train(tiny())
+    lock.release()
+    assert {path: path.read_bytes() for path in before} == before
+    assert train(tiny()).step == 8
+
+
+def test_a_run_file_of_nonsense_is_an_error_and_stays(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny("train.stop_at_step=1"))
+    for content in ("{", "[]", '{"name": "tiny"}'):
+        (tmp_path / "run/run.json").write_text(content)
+        with pytest.raises(RunDirectoryError, match=r"run\.json .*(copy|choose another)"):
+            train(tiny())
+        assert (tmp_path / "run/run.json").read_text() == content
 
 
 def test_the_test_corpus_makes_the_resumed_run_cross_an_epoch(tiny: MakeConfig) -> None:
