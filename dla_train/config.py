@@ -194,6 +194,10 @@ class EngineConfig:
     """`local` (plain PyTorch) or `deepspeed`."""
     zero_stage: int = 0
     """ZeRO stage of deepspeed, 0 to 3; the local engine has 0 only."""
+    weights: str = "float32"
+    """What parameters are stored in: `float32`, or `bfloat16` beside the optimizer's float32 values (ZeRO 1 to 3)."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's values and moments in the host's memory and update them there (ZeRO 1 to 3)."""
 
 
 @dataclass
@@ -269,6 +273,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.device": ("auto", "cpu", "cuda"),
     "parallel.backend": ("auto", "gloo", "nccl"),
     "engine.name": ("local", "deepspeed"),
+    "engine.weights": ("float32", "bfloat16"),
     "checkpoint.resume": ("auto", "never", "required"),
 }
 """Legal strings of every key that is a choice."""

@@ -167,10 +167,6 @@ def _check_tensor_degree(config: Config) -> None:
         if value % tensor and not (shared and key == "model.num_key_heads"):
             mend = f"choose parallel.tensor from {_listed(legal)}"
             _reject(key, value, f"is not divisible by parallel.tensor={tensor}", mend)
-    rule = "is above 1, and the DeepSpeed engine of this version divides no model yet"
-    for key in ("tensor", "context"):
-        if getattr(config.parallel, key) > 1 and config.engine.name == "deepspeed":
-            _reject(f"parallel.{key}", getattr(config.parallel, key), rule, f"set parallel.{key}=1 or engine=local")
     if model.mlp_width % tensor:
         legal = [n for n in legal if model.mlp_width % n == 0]
         rule = f"is not divisible by parallel.tensor={tensor}"
@@ -306,6 +302,16 @@ def _check_engine(config: Config) -> None:
     if engine.name == "local" and engine.zero_stage:
         rule = "needs DeepSpeed, and engine.name=local keeps whole optimizer states"
         _reject("engine.zero_stage", engine.zero_stage, rule, "set engine.zero_stage=0, or engine=deepspeed")
+    divides = engine.name == "deepspeed" and engine.zero_stage > 0
+    mend = "set engine=deepspeed and engine.zero_stage=1, 2 or 3, or leave it out"
+    if engine.weights == "bfloat16" and not divides:
+        # DeepSpeed's bfloat16 optimizer without ZeRO leaves the other tensor ranks out of the gradient norm.
+        _reject("engine.weights", "bfloat16", "needs the float32 values that ZeRO's optimizer keeps", mend)
+    if engine.weights == "bfloat16" and config.train.dtype != "bfloat16":
+        rule = f"rounds what train.dtype={config.train.dtype} computes with"
+        _reject("engine.weights", "bfloat16", rule, "set train.dtype=bfloat16, or engine.weights=float32")
+    if engine.offload_optimizer and not divides:
+        _reject("engine.offload_optimizer", True, "needs ZeRO's optimizer", mend)
 
 
 def _check_loop(config: Config) -> None:

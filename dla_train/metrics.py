@@ -24,8 +24,9 @@ from dla_train.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("data", "forward", "backward", "step")
-"""Timed parts of a training step; the rest of it is `other`."""
+PHASES = ("data", "exchange", "forward", "backward", "step")
+"""Timed parts of a training step; the rest of it is `other`. Ranks wait for one another in `exchange`, where they sum
+counts and losses; what layers and gradients communicate is part of forward, backward and step."""
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10": 125.0, "V100": 125.0}
 """Dense bfloat16 peak (V100: float16) by part of the device's name, TFLOP/s; data sheets, SXM parts."""
@@ -156,11 +157,11 @@ class PhaseClock:
         self._seconds[name] += self._now() - started
 
     def end_step(self) -> dict[str, float]:
-        """Seconds of the step and its phases, and `overhead`: the share that is not forward, backward or step."""
+        """Seconds of the step and its phases, and `overhead`: the share that is neither the model's nor exchanged."""
         now = self._now()
         total, self._started = now - self._started, now
         other = total - sum(self._seconds.values())
-        model = sum(self._seconds[name] for name in ("forward", "backward", "step"))
+        model = sum(self._seconds[name] for name in ("exchange", "forward", "backward", "step"))
         times = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = dict.fromkeys(PHASES, 0.0)
         return {"seconds": total, **times, "seconds_other": other, "overhead": 1.0 - model / total}

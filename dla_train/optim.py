@@ -17,7 +17,8 @@ from dla_train.config import MemoryConfig, OptimConfig
 
 def takes_weight_decay(parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: matrices that are not marked `no_weight_decay`."""
-    return parameter.ndim >= 2 and not getattr(parameter, "no_weight_decay", False)
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # one that ZeRO stage 3 has divided is itself empty
+    return len(shape) >= 2 and not getattr(parameter, "no_weight_decay", False)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -37,9 +37,10 @@ from dla_train.data.loader import Batch, DataSources, open_sources
 from dla_train.data.packing import IGNORED_TARGET
 from dla_train.engine import Engine, build_engine
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
-from dla_train.evaluate.loading import build_model
 from dla_train.hydra_app import config_to_yaml, run_application
 from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
+from dla_train.models.build import meta_model
+from dla_train.models.cost import memory_capacity, merge_cache_bytes
 from dla_train.optim import gate_temperature, learning_rate
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry import MemoryTelemetry
@@ -97,7 +98,7 @@ def _train(
     config: Config, mesh: Mesh, sources: DataSources, identity: dict[str, Any], lock: RunLock | None
 ) -> TrainResult:
     """`train` in a run directory that is this process's; `identity` is what makes it this run."""
-    model = build_model(config, mesh.device, mesh.axes)
+    model = meta_model(config, mesh.axes)
     engine = build_engine(config, model, mesh)
     with Checkpointer(config, mesh, lock) as checkpointer:
         resumed = checkpointer.resume(engine)
@@ -133,7 +134,8 @@ class Loop:
             sums, targets, numbers = self._train_step(done)
             done += 1
             if self.log.due(done, self.last):
-                nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
+                with self.log.clock.phase("exchange"):
+                    nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
                 loss = nats
                 numbers |= {"loss": nats} | ({"z_loss": partition} if self.config.optim.z_loss else {})
                 self.log.training(done, numbers)
@@ -158,7 +160,8 @@ class Loop:
             batches = self.sources.train.batch(
                 done, self.mesh.data_rank, self.mesh.data_size, config.train.micro_batch_rows
             )
-        targets = self._target_count(batches)
+        with clock.phase("exchange"):
+            targets = self._target_count(batches)
         sums = torch.zeros(2, device=self.mesh.device)
         for index, batch in enumerate(batches):
             with clock.phase("forward"):
@@ -246,13 +249,15 @@ class RunLog:
 
     def end_step(self, tokens: int) -> None:
         """Stop the clock after a step over `tokens` tokens (all ranks), take the memory's counts, move the bar."""
-        self._memory.after_step()
+        with self.clock.phase("exchange"):
+            self._memory.after_step()
         self._speed.add(tokens, self.clock.end_step())
         self._bar.update()
 
     def training(self, step: int, numbers: dict[str, Any]) -> None:
         """Write the line of a training step. Collective."""
-        numbers = numbers | self._speed.read() | self._memory.read()
+        with self.clock.phase("exchange"):
+            numbers = numbers | self._speed.read() | self._memory.read()
         shown = {"loss": f"{numbers['loss']:.4f}", "tokens/s": f"{numbers['tokens_per_second']:,.0f}"}
         self._bar.set_postfix(shown)
         self._write(step, numbers)
@@ -274,8 +279,17 @@ def _headline(config: Config, mesh: Mesh, parameters: int, done: int) -> str:
     return (
         f"{config.name} {start}: {parameters / 1e6:.1f}M parameters, {config.model.backbone} x {config.memory.policy}, "
         f"engine {config.engine.name}, {mesh.size} rank(s) on {mesh.device.type}, {config.train.steps} steps, "
-        f"{Path(config.run_dir)}"
+        f"{Path(config.run_dir)}{_cache_line(config, mesh)}"
     )
+
+
+def _cache_line(config: Config, mesh: Mesh) -> str:
+    """What the memories of one rank's heads hold for a micro-batch; nothing for attention."""
+    model, rows, axes = config.model, config.train.micro_batch_rows, mesh.axes
+    size = merge_cache_bytes(model, config.memory, axes, rows)
+    heads = model.num_heads // (axes.tensor.size * axes.context.size)
+    shape = f"{rows} rows x {model.num_layers} layers x {heads} heads x {memory_capacity(config.memory)} slots"
+    return f"\n  merge cache: {size:,} bytes on each rank at any context ({shape})" if size else ""
 
 
 if __name__ == "__main__":

@@ -72,10 +72,19 @@ BROKEN = {
         ["model.num_heads=8", "model.num_key_heads=2", "parallel.tensor=4"],
         ["model.num_key_heads=2", "parallel.tensor=4", "1 or 2"],
     ),
-    "a divided model under DeepSpeed": (
-        ["parallel.tensor=2", "engine=deepspeed"],
-        ["parallel.tensor=2", "engine=local"],
+    "bfloat16 weights in the local engine": (
+        ["engine.weights=bfloat16", "train.dtype=bfloat16"],
+        ["engine.weights=bfloat16", "engine=deepspeed"],
     ),
+    "bfloat16 weights without ZeRO": (
+        ["engine=deepspeed", "engine.zero_stage=0", "engine.weights=bfloat16", "train.dtype=bfloat16"],
+        ["engine.weights=bfloat16", "engine.zero_stage=1, 2 or 3"],
+    ),
+    "bfloat16 weights of a float32 model": (
+        ["engine=deepspeed", "engine.weights=bfloat16"],
+        ["train.dtype=float32", "set train.dtype=bfloat16"],
+    ),
+    "offload in the local engine": (["engine.offload_optimizer=true"], ["engine.offload_optimizer=True", "ZeRO"]),
     "heads over context ranks": (
         ["parallel.context=3", "data.context_tokens=384"],
         ["not divisible by parallel.context=3", "choose parallel.context from"],

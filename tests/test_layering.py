@@ -23,7 +23,7 @@ LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in
 DOORS = {  # third party: path prefixes that may import it
     "triton": ("kernels/dla_kernels/",),
     "megatron": ("dla_train/parallel/", "dla_train/data/"),
-    "deepspeed": ("dla_train/engine.py",),
+    "deepspeed": ("dla_train/engine/",),
     "transformers": ("dla_train/data/tokenizer.py", "dla_train/export.py", "dla_train/evaluate/"),
 }
 

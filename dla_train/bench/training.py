@@ -23,9 +23,9 @@ from dla_kernels.bench.measure import Run, Stopwatch, environment, kernel_times,
 from dla_kernels.bench.session import COMPILE_SHARE, COMPILE_TOKENS, Budget, write_json
 from dla_train.config import Config
 from dla_train.engine import LocalEngine
-from dla_train.evaluate.loading import build_model
 from dla_train.hydra_app import compose
 from dla_train.metrics import model_flops_utilisation, peak_tflops
+from dla_train.models.build import meta_model
 from dla_train.models.cost import flops_per_token, parameter_count
 from dla_train.models.loss import next_token_loss
 from dla_train.parallel.mesh import Mesh
@@ -91,7 +91,7 @@ class Trainer:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = build_model(config, device).train()
+        self.model = meta_model(config).train()
         self.engine = LocalEngine(config, self.model, Mesh(rank=0, size=1, device=device, owns_group=False))
         self._generator = torch.Generator(device).manual_seed(0)
 

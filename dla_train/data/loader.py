@@ -177,8 +177,8 @@ class BatchSource:
         tokens = state.get("tokens")
         if not isinstance(tokens, int) or tokens < 0 or tokens % self.tokens_per_step:
             raise DataError(
-                f"the checkpoint's data cursor, tokens={tokens}, is no multiple of the {self.tokens_per_step} tokens of a "
-                "step; resume from another checkpoint"
+                f"the checkpoint's data cursor, tokens={tokens}, is no multiple of the {self.tokens_per_step} of "
+                "one step; resume from another checkpoint"
             )
         return tokens // self.tokens_per_step
 

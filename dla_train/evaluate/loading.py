@@ -1,4 +1,4 @@
-"""Models from configurations and from run directories: fresh, or with the weights of a checkpoint; no process group."""
+"""Models from run directories, with the weights of a checkpoint; no process group."""
 
 from __future__ import annotations
 
@@ -11,28 +11,8 @@ from dla_train.checkpoint.manifest import TRAINER
 from dla_train.checkpoint.state import check_shapes
 from dla_train.config import Config
 from dla_train.hydra_app import config_from_dict
-from dla_train.models.init import init_weights
+from dla_train.models.build import build_model
 from dla_train.models.language_model import LanguageModel
-from dla_train.parallel.axes import Axes
-
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""torch types of train.dtype."""
-
-
-def build_model(config: Config, device: str | torch.device, axes: Axes | None = None) -> LanguageModel:
-    """The freshly initialised model of a run on `device`, the same for any device and number of ranks.
-
-    axes: the ranks that share it, of which this one gets its part (default: one rank).
-    """
-    model = LanguageModel(
-        config.model,
-        config.memory,
-        compute_dtype=COMPUTE_DTYPES[config.train.dtype],
-        recompute=config.train.recompute,
-        device=torch.device("meta"),
-        axes=axes,
-    )
-    return init_weights(model, config.seed, device=device)
 
 
 def load_model(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dla_kernels import conv_window, short_conv
 from dla_train.models.context import to_heads
-from dla_train.models.linear import no_decay, wide_dtype
+from dla_train.models.linear import exact, no_decay, wide_dtype
 from dla_train.parallel.axes import Axis
 
 
@@ -123,8 +123,8 @@ class Decay(nn.Module):
     def forward(self, decay_input: Tensor) -> tuple[Tensor, Tensor]:
         """decay_input [B, T, H] -> (dt, log_decay), both [B, T, H] float32."""
         wide, heads = wide_dtype(decay_input.dtype), decay_input.shape[-1]
-        dt = F.softplus(decay_input.to(wide) + own_heads(self.dt_bias, heads, self.context))
-        return dt, -own_heads(self.A_log, heads, self.context).to(wide).exp() * dt
+        dt = F.softplus(decay_input.to(wide) + own_heads(exact(self.dt_bias), heads, self.context))
+        return dt, -own_heads(exact(self.A_log), heads, self.context).to(wide).exp() * dt
 
 
 def own_heads(parameter: Tensor, size: int, context: Axis) -> Tensor:

@@ -8,10 +8,13 @@ Training is forward plus twice that in backward, without recomputation, so that 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dla_kernels import MergeCache
 from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.parallel.axes import Axes
+from dla_train.parallel.sections import local_model
 
 DEFAULT_CHUNK_TOKENS = 64
 """C in the formulas where `memory.chunk_tokens` is 0."""
@@ -100,6 +103,18 @@ def cache_bytes(
             model.conv_width,
         )
     return model.num_layers * per_layer
+
+
+def merge_cache_bytes(model: ModelConfig, memory: MemoryConfig, axes: Axes, rows: int) -> int:
+    """Bytes of the merge caches of all layers on one rank, of its heads and `rows` sequences; 0 for attention.
+
+    Whatever the context: MergeCache.nbytes_of a layer, with heads divided over tensor and context ranks.
+    """
+    if model.backbone == "attention":
+        return 0
+    own = local_model(model, axes.tensor.size)
+    heads, key_heads = own.num_heads // axes.context.size, max(own.num_key_heads // axes.context.size, 1)
+    return cache_bytes(dataclasses.replace(own, num_heads=heads, num_key_heads=key_heads), memory, rows, 0)
 
 
 def layer_matrices(model: ModelConfig, memory: MemoryConfig) -> int:

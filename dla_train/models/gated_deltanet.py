@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dla_kernels import gated_rms_norm, l2_normalize
 from dla_train.config import ModelConfig
 from dla_train.models.backbone import Decay, Projected, ShortConv, StateInputs, split_dims, split_heads
-from dla_train.models.linear import Linear, no_decay, wide_dtype
+from dla_train.models.linear import Linear, exact, no_decay, wide_dtype
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import local_model
 
@@ -28,7 +28,7 @@ class GatedHeadNorm(nn.Module):
 
     def forward(self, read: Tensor, gate: Tensor) -> Tensor:
         """read [B, T, H, V], gate [B, T, H*V] -> [B, T, H*V] in gate's dtype."""
-        normed = gated_rms_norm(read, split_heads(gate, read.shape[-2]), self.weight, self.eps)
+        normed = gated_rms_norm(read, split_heads(gate, read.shape[-2]), exact(self.weight), self.eps)
         return normed.flatten(-2).to(gate.dtype)
 
 

@@ -124,29 +124,58 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, model: ModelConf
 
 
 @torch.no_grad()
-def init_weights(model: LanguageModel, seed: int, *, device: torch.device | str | None = None) -> LanguageModel:
+def init_weights(
+    model: LanguageModel,
+    seed: int,
+    *,
+    device: torch.device | str | None = None,
+    after_part: Callable[[nn.Module], None] | None = None,
+) -> LanguageModel:
     """Fill every parameter and buffer of `model` in place; a meta model is first given storage on `device` (CPU).
 
+    Goes through the model part by part (embedding, every block, final norm, head). after_part: called with each part
+    once it has its values, as by an engine that divides the parameters: no rank then holds more than a part whole.
     Returns the model. Raises InitError for a parameter without a rule, before anything is written.
     """
     named = dict(_named_tensors(model))
     for name in named:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in RULES):
             raise InitError(f"no rule initialises {name!r}; add one to RULES in dla_train/models/init.py")
-    if any(t.is_meta for t in named.values()):
-        undecayed = {name for name, tensor in named.items() if getattr(tensor, "no_weight_decay", False)}
-        model.to_empty(device=device if device is not None else "cpu")  # makes new Parameters, without their marks
-        for name, parameter in model.named_parameters():
-            if name in undecayed:
-                no_decay(parameter)
+    without_storage = any(tensor.is_meta for tensor in named.values())
+    for prefix, part in _parts(model):
+        if without_storage:
+            _give_storage(part, device if device is not None else "cpu")
+        for name, tensor in _named_tensors(part):
+            tensor.copy_(initial_part(model, f"{prefix}.{name}", tuple(tensor.shape), seed))
+        if after_part is not None:
+            after_part(part)
+    if without_storage:
         model.mark_parameters()
-    config, axis = model.model_config, model.axes.tensor
-    for name, tensor in _named_tensors(model):
-        whole = initial_value(
-            name, whole_shape(name, tensor.shape, config, axis.size), seed, config, model.memory_config
-        )
-        tensor.copy_(part_of(name, whole, config, axis))
     return model
+
+
+def initial_part(model: LanguageModel, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """What this rank's part, of `shape`, of parameter or buffer `name` begins as: a slice of `initial_value`."""
+    config, axis = model.model_config, model.axes.tensor
+    whole = initial_value(name, whole_shape(name, shape, config, axis.size), seed, config, model.memory_config)
+    return part_of(name, whole, config, axis)
+
+
+def _parts(model: LanguageModel) -> list[tuple[str, nn.Module]]:
+    """Modules that own every parameter between them, by name: the model's children, and block by block its blocks."""
+    return [
+        (f"{name}.{index}", block) if isinstance(child, nn.ModuleList) else (name, child)
+        for name, child in model.named_children()
+        for index, block in (child.named_children() if isinstance(child, nn.ModuleList) else (("", child),))
+    ]
+
+
+def _give_storage(part: nn.Module, device: torch.device | str) -> None:
+    undecayed = {name for name, tensor in part.named_parameters() if getattr(tensor, "no_weight_decay", False)}
+    part.to_empty(device=device)  # makes new Parameters, without their marks
+    for name, parameter in part.named_parameters():
+        if name in undecayed:
+            no_decay(parameter)
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

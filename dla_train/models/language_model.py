@@ -123,6 +123,8 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Decode one token a sequence: tokens [B] int64 -> logits [B, vocab]; `caches` are updated in place."""
+        if self.axes.context.size > 1:
+            raise ValueError("decoding needs parallel.context=1: it divides heads over parallel.tensor alone")
         whole = dataclasses.replace(self.axes, sequence=False)
         x = self.embedding(tokens, dtype=self.compute_dtype)
         for block, cache in zip(self._blocks(), caches, strict=True):

@@ -1,8 +1,7 @@
-"""Matrices and norms of the model: parameters stay float32 and are cast to the input's dtype where they are used.
+"""Matrices and norms of the model: matrices are cast to the input's dtype where they are used, vectors stay float32.
 
-There is no autocast: what runs in bfloat16 is exactly what is handed a bfloat16 input, and an optimizer always sees
-the float32 parameter. Every parameter belongs to a module whose `forward` uses it, so that an engine which gathers
-parameters by forward hooks (ZeRO stage 3) finds them.
+There is no autocast: what runs in bfloat16 is exactly what is handed a bfloat16 input. Every parameter belongs to a
+module whose `forward` uses it, so that an engine which gathers parameters by forward hooks (ZeRO stage 3) finds them.
 """
 
 from __future__ import annotations
@@ -20,6 +19,16 @@ def no_decay(parameter: nn.Parameter) -> nn.Parameter:
     """Mark a parameter as one that weight decay must leave alone (read by optim.py); returns it."""
     parameter.no_weight_decay = True  # type: ignore[attr-defined]
     return parameter
+
+
+def exact(parameter: Tensor) -> Tensor:
+    """A vector parameter in the precision it is optimised in, also where an engine stores parameters in bfloat16.
+
+    Such an engine leaves the optimizer's float32 value in `parameter.exact`; the gradient goes to the parameter.
+    Rounded to 8 bits, a decay, threshold or gain would stand still for thousands of steps and then jump.
+    """
+    value: Tensor | None = getattr(parameter, "exact", None)
+    return parameter if value is None else value + (parameter - parameter.detach())
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,4 +79,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D] in x's dtype."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, exact(self.weight), self.eps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dla_kernels import rms_norm
 from dla_train.config import ModelConfig
 from dla_train.models.backbone import Decay, Projected, ShortConv, StateInputs, split_dims
-from dla_train.models.linear import Linear, no_decay, wide_dtype
+from dla_train.models.linear import Linear, exact, no_decay, wide_dtype
 from dla_train.parallel.axes import Axes, Axis
 from dla_train.parallel.regions import total
 from dla_train.parallel.sections import local_model
@@ -35,10 +35,10 @@ class SkipGatedNorm(nn.Module):
     def forward(self, read: Tensor, skip: Tensor, gate: Tensor) -> Tensor:
         """read, skip [B, T, H, V], gate [B, T, H*V] -> [B, T, H*V] in gate's dtype."""
         wide = wide_dtype(gate.dtype)
-        y = read.to(wide) + self.D[:, None] * skip.to(wide)
+        y = read.to(wide) + exact(self.D)[:, None] * skip.to(wide)
         gated = y.flatten(-2) * F.silu(gate.to(wide))
         normed = self._normalized(gated.unflatten(-1, (self.groups, -1))).flatten(-2)
-        return (normed * self.weight).to(gate.dtype)
+        return (normed * exact(self.weight)).to(gate.dtype)
 
     def _normalized(self, x: Tensor) -> Tensor:
         """RMSNorm over the last axis, which other ranks of `spread` have more of."""

@@ -21,7 +21,7 @@ from dla_kernels import MemoryPlan, MergeCache, content_read_weights, l2_normali
 from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models.backbone import StateInputs, own_heads, split_heads
 from dla_train.models.context import to_heads
-from dla_train.models.linear import Linear, no_decay, wide_dtype
+from dla_train.models.linear import Linear, exact, no_decay, wide_dtype
 from dla_train.parallel.axes import Axis
 
 SOFTPLUS_ONE = math.log(math.e - 1)
@@ -49,7 +49,7 @@ class Tau(nn.Module):
         """[H] float32; carries a gradient only where it is learned."""
         if self.learned:
             low, high = LEARNED_TAU_RANGE
-            return low + (high - low) * self.theta.sigmoid()
+            return low + (high - low) * exact(self.theta).sigmoid()
         return self.value
 
 
@@ -65,7 +65,7 @@ class SlotWeights(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, D] -> [B, T, H, outputs] float32, 1 at initialisation."""
         wide = wide_dtype(hidden.dtype)
-        shift = F.linear(hidden, self.weight.to(hidden.dtype)).to(wide) + self.bias
+        shift = F.linear(hidden, self.weight.to(hidden.dtype)).to(wide) + exact(self.bias)
         return split_heads(F.softplus(shift + SOFTPLUS_ONE), self.heads)
 
 
@@ -104,9 +104,10 @@ class Routing(nn.Module):
             rho, kappa = (to_heads(x, self.context) for x in split)
         else:
             rho, kappa = inputs.q, inputs.k
-        gain = self.gain + (self.gain.clamp_min(0) - self.gain).detach()
+        gain = exact(self.gain)
+        gain = gain + (gain.clamp_min(0) - gain).detach()
         heads = inputs.v.shape[2]
-        gain, sharpness = (own_heads(x, heads, self.context) for x in (gain, self.log_sharpness.exp()))
+        gain, sharpness = (own_heads(x, heads, self.context) for x in (gain, exact(self.log_sharpness).exp()))
         return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, sharpness)
 
 

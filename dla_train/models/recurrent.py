@@ -58,10 +58,11 @@ class RecurrentMixer(nn.Module):
         cache: MergeCache | None = None,
         return_cache: bool = False,
     ) -> tuple[Tensor, MergeCache | None]:
-        """hidden [B, T, D] -> (output [B, T, D], cache after the last token or None). `cache` is left as it is."""
-        if self.context.size > 1 and (cache is not None or return_cache):
-            raise ValueError("caches need parallel.context=1: decoding divides heads over parallel.tensor alone")
-        projected, inputs = self._state_inputs(hidden, documents.positions, cache)
+        """hidden [B, T, D] -> (output [B, T, D], cache after the last token or None). `cache` is left as it is.
+
+        Under context parallelism hidden and output hold this rank's tokens, `documents` all, caches this rank's heads.
+        """
+        projected, of_heads, inputs = self._state_inputs(hidden, documents.positions, cache)
         if record.plan is None:
             record.plan = self._decide(inputs, documents, cache)
             self._count(record.plan)
@@ -85,18 +86,17 @@ class RecurrentMixer(nn.Module):
             backend=self.reader.backend,
             chunk_size=self.reader.chunk,
         )
-        if isinstance(read, Tensor):
-            skip = None if inputs.skip is None else to_time(inputs.skip, self.context)
-            return self.backbone.output(to_time(read, self.context), skip, projected), None
-        after = read[1]
-        after.conv = self.backbone.conv.window(projected.conv_inputs, cache.conv if cache is not None else None)
-        return self.backbone.output(read[0], inputs.skip, projected), after
+        read, after = (read, None) if isinstance(read, Tensor) else read
+        if after is not None:
+            after.conv = self.backbone.conv.window(of_heads.conv_inputs, cache.conv if cache is not None else None)
+        skip = None if inputs.skip is None else to_time(inputs.skip, self.context)
+        return self.backbone.output(to_time(read, self.context), skip, projected), after
 
     def step(self, hidden: Tensor, cache: MergeCache) -> Tensor:
         """One token: hidden [B, D] -> [B, D]; `cache` is updated in place. Boundaries are hard."""
         hidden = hidden[:, None]
         positions = cache.position[:, None].clone()
-        projected, inputs = self._state_inputs(hidden, positions, cache)
+        projected, _, inputs = self._state_inputs(hidden, positions, cache)
         routing = self.reader.routing(hidden, inputs) if self.reader.routing is not None else None
         read = dla_step(
             inputs.q[:, 0],
@@ -129,16 +129,21 @@ class RecurrentMixer(nn.Module):
         model, conv = self.model, self.backbone.conv
         return MergeCache.empty(
             batch,
-            model.num_heads,
+            model.num_heads // self.context.size,
             self.reader.capacity,
             model.key_dim,
             model.value_dim,
             routing_dim=self.reader.routing_dim,
-            conv_channels=conv.channels,
+            conv_channels=sum(self._own_channels()) if conv.width else 0,
             conv_width=conv.width,
             dtype=wide_dtype(self.dtype),
             device=device,
         )
+
+    def _own_channels(self) -> list[int]:
+        """Convolved channels of the heads a context rank has inside the mixer; a single head is every rank's."""
+        sizes = zip(self.backbone.conv.sizes, self.backbone.conv_dims, strict=True)
+        return [size if size == dim else size // self.context.size for size, dim in sizes]
 
     @torch.no_grad()
     def control_tau(self, statistics: Tensor) -> None:
@@ -155,13 +160,13 @@ class RecurrentMixer(nn.Module):
 
     def _state_inputs(
         self, hidden: Tensor, positions: Tensor, cache: MergeCache | None
-    ) -> tuple[Projected, StateInputs]:
-        """The projections of this rank's tokens, and what the memory of its heads consumes of all tokens."""
+    ) -> tuple[Projected, Projected, StateInputs]:
+        """Projections of this rank's tokens, of its heads of all tokens, and what the memory of its heads consumes."""
         projected = self.backbone.project(hidden)
         history = cache.conv if cache is not None else None
         of_heads = exchange_projected(projected, self.backbone, self.context)
         mixed = self.backbone.conv(of_heads.conv_inputs, positions, history)
-        return projected, self.backbone.state_inputs(mixed, of_heads)
+        return projected, of_heads, self.backbone.state_inputs(mixed, of_heads)
 
     def _tau(self) -> Tensor | float:
         return self.reader.own_tau() if self.reader.tau is not None else self.memory.tau

@@ -22,7 +22,7 @@ class Axis:
     size: int
     """Ranks on the axis."""
     group: dist.ProcessGroup | None = field(default=None, repr=False)
-    """Who communicates; None at size 1 and for a planned axis."""
+    """Who communicates; None for a planned axis, and in a run of one process."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

@@ -184,7 +184,7 @@ def _divide(tensor: int, context: int, sequence: bool, timeout_minutes: float) -
             f"start a multiple of {tensor * context}, or choose a product from {_divisors(ranks)}"
         )
     if tensor * context == 1:
-        every = _axis(dist.group.WORLD)
+        every = Axis.single() if ranks == 1 else _axis(dist.group.WORLD)
         return Axes(data=every, tensor=Axis.single(), context=Axis.single(), batch=every, sequence=sequence), False
     groups = _parallel_state()
     exist = groups.model_parallel_is_initialized()
@@ -208,9 +208,8 @@ def _divide(tensor: int, context: int, sequence: bool, timeout_minutes: float) -
 
 
 def _axis(group: dist.ProcessGroup | None) -> Axis:
-    """This rank's place in a group; a group of one rank is a single axis, over which nobody communicates."""
-    size = dist.get_world_size(group)
-    return Axis.single() if size == 1 else Axis(rank=dist.get_rank(group), size=size, group=group)
+    """This rank's place in a group."""
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
 
 
 def _parallel_state() -> ModuleType:

@@ -29,6 +29,25 @@ def test_meta_and_direct_construction_start_identical(tiny, backbone, policy):
         assert tensor.isfinite().all(), name
 
 
+def test_parts_of_a_meta_model_get_storage_one_after_the_other(tiny):
+    with torch.device("meta"):
+        model = LanguageModel(*tiny("mamba2", "dla"))
+    names = {id(module): name for name, module in model.named_modules()}
+    seen = []
+
+    def divide(part):
+        assert not any(tensor.is_meta for tensor in part.state_dict().values())
+        seen.append(names[id(part)])
+        later = [name for name, tensor in model.named_parameters() if not name.startswith(tuple(seen))]
+        assert all(model.get_parameter(name).is_meta for name in later)
+        for parameter in part.parameters():
+            parameter.data = parameter.data.new_empty(0)  # as ZeRO stage 3 does
+
+    init_weights(model, 3, after_part=divide)
+    assert seen == ["embedding", "blocks.0", "blocks.1", "final_norm", "head"]
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+
+
 def test_a_parameter_does_not_depend_on_other_layers_or_on_the_global_generator(tiny):
     model, memory = tiny("gated_deltanet", "dla")
     deeper = dataclasses.replace(model, num_layers=3)

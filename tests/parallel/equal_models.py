@@ -110,3 +110,26 @@ def whole_logits(part, model, axes):
             dist.all_gather(parts, part.contiguous(), group=axis.group)
             part = torch.cat(parts, dim=dim)
     return part[..., : model.vocab_size]
+
+
+def carried(axes, backbone, changes="{}"):
+    """Rows in two calls with the merge caches carried between them against rows in one; and the caches' bytes.
+
+    The bytes are those of one rank, after 16 tokens, after 48, and after an optimizer step.
+    """
+    model, memory = configs(backbone, "dla", json.loads(changes))
+    lm = scattered(model, memory, axes).eval()
+    tokens = torch.randint(0, 17, (2, 48), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole = lm(tokens, return_caches=True)
+        first = lm(tokens[:, :16], return_caches=True)
+        rest = lm(tokens[:, 16:], caches=first.caches)
+    lm.train()
+    lm(tokens).logits.sum().backward()
+    torch.optim.SGD(lm.parameters(), 1e-3).step()
+    after = lm.eval()(tokens, return_caches=True)
+    parts = [whole_logits(part.logits, model, axes) for part in (first, rest)]
+    error = (torch.cat(parts, dim=1) - whole_logits(whole.logits, model, axes)).abs().max()
+    sizes = [float(sum(cache.nbytes for cache in output.caches)) for output in (first, whole, after)]
+    empty = float(sum(cache.nbytes for cache in lm.empty_caches(2, 1)))
+    return {"error": float(error), "after_16": sizes[0], "after_48": sizes[1], "after_a_step": sizes[2], "empty": empty}

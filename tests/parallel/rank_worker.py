@@ -1,4 +1,4 @@
-"""One rank of `ranks.run_on_ranks`: `rank_worker MODULE SPEC`, SPEC a JSON list of checks; writes beside SPEC.
+"""One rank of `ranks.run_on_ranks`: `rank_worker MODULE SPEC DEVICE`, SPEC a JSON list of checks; writes beside SPEC.
 
 <index>.<rank>.pt is what a check returned, <index>.<rank>.failed the traceback of one that raised. An exception then
 ends the rank, and with it the run: the other ranks may be waiting for this one in a collective.
@@ -6,6 +6,7 @@ ends the rank, and with it the run: the other ranks may be waiting for this one 
 
 import importlib
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -16,13 +17,18 @@ import torch
 import torch.distributed as dist
 
 from dla_train.parallel.mesh import end_axes, start_axes
+from tests.parallel import ranks
 
 
 def main() -> None:
     module, spec = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if sys.argv[3] == "cuda":
+        ranks.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(ranks.device)
+    backend = "gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     for index, check in enumerate(json.loads(spec.read_text())):
         written = f"{spec.parent}/{index}.{dist.get_rank()}"
         try:

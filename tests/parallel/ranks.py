@@ -1,4 +1,4 @@
-"""Running worker functions on several gloo ranks, all checks of a module in one start, and reading what each returned.
+"""Running worker functions on several ranks (gloo on the CPU, NCCL on CUDA), all checks of a module in one start.
 
 A worker module is importable from the repository's root and holds functions
 
@@ -35,6 +35,9 @@ from tests.train.runs import run_python
 
 Result = dict[str, Tensor | float | str]
 
+device = torch.device("cpu")
+"""Where the worker functions of this process compute; set by rank_worker."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -69,11 +72,16 @@ class Outcomes:
         return "\n".join([*reports, f"the launcher ended with\n{self._output[-2000:]}"])
 
 
-def run_on_ranks(module: str, checks: Sequence[Check], ranks: int, folder: Path, timeout: float = 300) -> Outcomes:
-    """Run `checks` on `ranks` processes of one machine, one after the other; results and failures lie in `folder`."""
+def run_on_ranks(
+    module: str, checks: Sequence[Check], ranks: int, folder: Path, timeout: float = 300, on: str = "cpu"
+) -> Outcomes:
+    """Run `checks` on `ranks` processes of one machine, one after the other; results and failures lie in `folder`.
+
+    on: `cpu`, or `cuda` for a device a rank, where the worker functions support it.
+    """
     spec = folder / "spec.json"
     spec.write_text(json.dumps([dataclasses.asdict(check) for check in checks]))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    worker = ["-m", "tests.parallel.rank_worker", module, str(spec)]
+    worker = ["-m", "tests.parallel.rank_worker", module, str(spec), on]
     done = run_python([*launcher, *worker], timeout=timeout)
     return Outcomes(folder, checks, ranks, done.stdout + done.stderr)

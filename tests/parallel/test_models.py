@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from dla_train.models.cost import merge_cache_bytes
+from dla_train.parallel.axes import Axes
+from tests.parallel.equal_models import configs
 from tests.parallel.ranks import Check, Outcomes, run_on_ranks
 
 KINDS = [(b, p) for b in ("mamba2", "gated_deltanet") for p in ("single", "log_linear", "fixed", "dla")]
@@ -45,7 +48,16 @@ PLANTED = [
     )
     for bug in BUGS
 ]
-CHECKS = {2: checks_of(2) + PLANTED, 4: checks_of(4)}
+CARRIED = {
+    2: [
+        Check("carried", **layout, arguments={"backbone": b, "changes": json.dumps(changes)})
+        for layout in ({"tensor": 2}, {"context": 2})
+        for b in ("mamba2", "gated_deltanet")
+        for changes in ({}, {"num_key_heads": 1})
+    ],
+    4: [Check("carried", tensor=2, context=2, arguments={"backbone": b}) for b in ("mamba2", "gated_deltanet")],
+}
+CHECKS = {2: checks_of(2) + PLANTED + CARRIED[2], 4: checks_of(4) + CARRIED[4]}
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +87,22 @@ def test_four_ranks_equal_one(outcomes: dict[int, Outcomes], check: Check) -> No
 @pytest.mark.parametrize("check", PLANTED, ids=BUGS)
 def test_a_planted_bug_is_found(outcomes: dict[int, Outcomes], check: Check) -> None:
     assert all(result["differ"] for result in outcomes[2].of(check))
+
+
+@pytest.mark.parametrize("ranks", CARRIED)
+def test_merge_caches_are_carried_between_rows_and_keep_the_size_that_is_printed(
+    outcomes: dict[int, Outcomes], ranks: int
+) -> None:
+    """The size is the documented formula's for a rank's heads, and moves with neither context nor step."""
+    for check in CARRIED[ranks]:
+        model, memory = configs(check.arguments["backbone"], "dla", json.loads(check.arguments.get("changes", "{}")))
+        heads, keys = model.num_heads // ranks, max(model.num_key_heads // ranks, 1)
+        # states, routing sums, gates and the taps' window; then counts, scores, fill and position of 8 bytes
+        numbers = heads * memory.capacity * (4 * 6 + 4 + 1) + 3 * (heads * 6 + 2 * keys * 4)
+        others = heads * memory.capacity * 16 + 8 * heads + 8
+        axes = Axes.planned(tensor=check.tensor, context=check.context)
+        assert merge_cache_bytes(model, memory, axes, rows=2) == 2 * 2 * (4 * numbers + others)
+        for result in outcomes[ranks].of(check):
+            assert result["error"] < 1e-9
+            sizes = {result[moment] for moment in ("empty", "after_16", "after_48", "after_a_step")}
+            assert sizes == {2 * 2 * (8 * numbers + others)}  # these models compute in float64

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from dla_train.config import Config
 from dla_train.engine import build_engine
-from dla_train.evaluate.loading import COMPUTE_DTYPES, build_model
 from dla_train.hydra_app import compose
-from dla_train.models import LanguageModel, init_weights
+from dla_train.models.build import build_model, meta_model
 from dla_train.parallel import regions
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.mesh import Mesh
@@ -31,11 +30,7 @@ def configuration(overrides: str) -> Config:
 def held_and_sent(axes: Axes, overrides: str) -> dict[str, float]:
     """Bytes this rank holds after forward, and bytes it sends over each axis in forward and backward."""
     config = configuration(overrides)
-    model = LanguageModel(
-        config.model, config.memory, compute_dtype=COMPUTE_DTYPES[config.train.dtype], recompute=config.train.recompute,
-        axes=axes, device=torch.device("meta"),
-    )  # fmt: skip
-    init_weights(model, 0, device="cpu").train()
+    model = build_model(config, "cpu", axes).train()
     with sending() as sent:
         loss, held = held_in_a_step(model, config)
         loss.backward()
@@ -54,7 +49,7 @@ def engine_states(axes: Axes, overrides: str) -> dict[str, float]:
     config = configuration(overrides)
     with Mesh.start(config) as mesh, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own, of names that torch has deprecated
-        model = build_model(config, mesh.device).train()
+        model = meta_model(config).train()
         engine = build_engine(config, model, mesh)
         for last in (False, True):
             nats, _, _ = model.token_loss(*logits_and_targets(engine.module, config))

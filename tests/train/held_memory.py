@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dla_train.config import Config
-from dla_train.evaluate.loading import build_model
 from dla_train.models import LanguageModel
+from dla_train.models.build import build_model
 from dla_train.optim import build_optimizer
 
 

@@ -14,7 +14,8 @@ from dla_train.checkpoint.folders import checkpoint_folder
 from dla_train.checkpoint.manifest import MARKER
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
-from dla_train.evaluate.loading import build_model, load_model
+from dla_train.evaluate.loading import load_model
+from dla_train.models.build import build_model
 from dla_train.train import train
 from tests.train.runs import TINY, numbers_of, run_python, run_training, tensors_of
 

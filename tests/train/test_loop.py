@@ -10,7 +10,7 @@ import torch
 
 from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
-from dla_train.evaluate.loading import build_model
+from dla_train.models.build import build_model
 from dla_train.train import TrainingDiverged, train
 from tests.train.runs import numbers_of, tensors_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dla_train.config import Config, MemoryConfig, OptimConfig
-from dla_train.evaluate.loading import build_model
+from dla_train.models.build import build_model
 from dla_train.optim import build_optimizer, gate_temperature, learning_rate, parameter_groups, takes_weight_decay
 
 COSINE = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine", final_lr_ratio=0.1)

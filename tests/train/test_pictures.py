@@ -11,11 +11,11 @@ import torch
 
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.tokenizer import load_tokenizer
-from dla_train.evaluate.loading import build_model
 from dla_train.evaluate.loss_curve import plot_loss_curve
 from dla_train.evaluate.merge_map import main as draw_merge_map
 from dla_train.evaluate.merge_map import merge_map, plot_merge_map, typical_head
 from dla_train.evaluate.unigram import token_counts, unigram_entropy
+from dla_train.models.build import build_model
 from dla_train.quickstart import main as quickstart
 from dla_train.train import train
 from tests.train.runs import run_python

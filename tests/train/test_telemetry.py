@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dla_train.config import Config
-from dla_train.evaluate.loading import build_model
+from dla_train.models.build import build_model
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry import PATIENCE, MemoryTelemetry
 

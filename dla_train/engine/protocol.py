@@ -1,0 +1,45 @@
+"""What the trainer asks of an engine, whoever owns backward and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    grad_norm: float
+    """Global 2-norm of the gradient before clipping."""
+
+
+class Engine(Protocol):
+    """Backward, step, and logical state. Every method is collective: all ranks call it, in the same order."""
+
+    module: Any
+    """What to call for a forward pass: the model, or what passes everything on to it."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`. The losses of all micro-batches and ranks **sum** to the loss of the step.
+
+        `last` marks the step's last micro-batch, where gradients are exchanged.
+        """
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update at learning rate `lr`, and clear the gradients."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of every tensor of the state, by logical name."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, whole summed gradient) one by one, between the last backward and the step."""
+
+    def export_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, whole tensor) one by one; a tensor may be live storage and is valid until the next one."""
+
+    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Load every tensor of `shapes()` and continue as after `steps` optimizer steps."""

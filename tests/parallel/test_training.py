@@ -1,0 +1,93 @@
+"""Five optimizer steps at every layout and engine, on two ranks, equal those of the local engine on one rank."""
+
+import json
+
+import pytest
+
+from tests.parallel.ranks import Check, Outcomes, run_on_ranks
+
+KINDS = [(b, p) for b in ("mamba2", "gated_deltanet") for p in ("single", "log_linear", "fixed", "dla")]
+KINDS.append(("attention", "none"))
+MAIN = [("mamba2", "dla"), ("gated_deltanet", "dla"), ("attention", "none")]
+LAYOUTS = ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2})
+LOCAL, STAGES = -1, (1, 2, 3)
+ROUNDED = json.dumps({"engine.weights": "bfloat16"})
+OFFLOADED = json.dumps({"engine.offload_optimizer": True})
+BOTH = json.dumps({"engine.weights": "bfloat16", "engine.offload_optimizer": True})
+
+
+def checks_of(layouts, kinds, stages, **more):
+    """One for each layout, kind and engine."""
+    return [
+        Check("differences", **layout, arguments={"backbone": b, "policy": p, "stage": stage, **more})
+        for layout in layouts
+        for b, p in kinds
+        for stage in stages
+    ]
+
+
+FLOAT32 = [
+    *checks_of(LAYOUTS, KINDS, [LOCAL]),
+    *checks_of(LAYOUTS[3:], KINDS, [LOCAL], packed=False),
+    *checks_of(LAYOUTS, MAIN, STAGES),
+    *checks_of(LAYOUTS[2:], [kind for kind in KINDS if kind not in MAIN], STAGES),
+    *checks_of(LAYOUTS[1:], MAIN[:1], [0]),
+    *checks_of(LAYOUTS[2:], MAIN[:1], STAGES, changes=OFFLOADED),
+]
+BFLOAT16 = [
+    *checks_of(LAYOUTS, MAIN, [LOCAL], dtype="bfloat16"),
+    *checks_of(LAYOUTS[:1] + LAYOUTS[2:], MAIN, STAGES, dtype="bfloat16", changes=ROUNDED),
+    *checks_of(LAYOUTS[2:], MAIN[:1], STAGES, dtype="bfloat16", changes=BOTH),
+]
+BUGS = [
+    *checks_of(LAYOUTS[:1], MAIN[:1], [LOCAL], bug="no gradients of other rows"),
+    *checks_of(LAYOUTS[:1], MAIN[:1], [2], bug="micro-batches averaged"),
+    *checks_of(LAYOUTS[1:2], MAIN[:1], [1], bug="divided parameters unmarked"),
+]
+STARTS = [
+    Check("initial_differences", **layout, arguments={"stage": stage, "weights": weights})
+    for layout in LAYOUTS
+    for stage, weights in ((LOCAL, "float32"), (1, "bfloat16"), (3, "float32"), (3, "bfloat16"))
+]
+
+
+def named(check: Check) -> str:
+    """The layout, and what the check's arguments say."""
+    a = check.arguments
+    layout = f"tensor{check.tensor} context{check.context}{' sequence' if check.sequence else ''}"
+    engine = "local" if a["stage"] == LOCAL else f"zero{a['stage']}"
+    return " ".join([layout, engine, *(str(value) for key, value in a.items() if key != "stage")])
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    folder = tmp_path_factory.mktemp("training")
+    return run_on_ranks("tests.parallel.equal_training", [*FLOAT32, *BFLOAT16, *BUGS, *STARTS], 2, folder, 600)
+
+
+@pytest.mark.parametrize("check", FLOAT32, ids=named)
+def test_two_ranks_train_as_one(outcomes: Outcomes, check: Check) -> None:
+    assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
+
+
+@pytest.mark.parametrize("check", BFLOAT16, ids=named)
+def test_two_ranks_train_as_one_in_bfloat16(outcomes: Outcomes, check: Check) -> None:
+    assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
+
+
+@pytest.mark.parametrize("check", BUGS, ids=lambda check: check.arguments["bug"])
+def test_a_planted_bug_is_found(outcomes: Outcomes, check: Check) -> None:
+    assert all(result["differ"] for result in outcomes.of(check))
+
+
+@pytest.mark.parametrize("check", STARTS, ids=named)
+def test_every_layout_and_engine_starts_from_the_same_numbers(outcomes: Outcomes, check: Check) -> None:
+    assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
+
+
+def test_the_memories_of_these_runs_decide_both_ways(outcomes: Outcomes) -> None:
+    """A memory in which every token, or none, begins a slot would hide a decision that differs."""
+    for backbone in ("mamba2", "gated_deltanet"):
+        (check,) = checks_of(LAYOUTS[:1], [(backbone, "dla")], [LOCAL])
+        assert all(0.05 < float(result["boundary_rate"]) < 0.95 for result in outcomes.of(check))
+        assert all(float(result["live_slots"]) > 2 for result in outcomes.of(check))
