@@ -208,6 +208,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end (and at stop_at_step) only."""
     keep_last: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Also keep the checkpoints of every so many steps for good; 0 keeps none but the newest."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy on the host (12 bytes a parameter over all ranks)."""
     resume: str = "auto"
     """`auto` continues the run found in run_dir, `never` refuses one, `required` fails if there is none."""
 

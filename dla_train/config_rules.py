@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from dla_train.config import CHOICES, Config, ConfigError, MemoryConfig, ModelConfig
+from dla_train.config import CHOICES, CheckpointConfig, Config, ConfigError, MemoryConfig, ModelConfig
 
 MAX_CAPACITY = 64
 """Most slots a head may keep: the bookkeeping of a chunk is a table of capacity entries per token."""
@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_batch(config, world_size)
     _check_engine(config)
     _check_loop(config)
+    _check_checkpoints(config.checkpoint)
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -85,6 +86,7 @@ AT_LEAST: dict[str, int] = {
     "engine.zero_stage": 0,
     "checkpoint.interval_steps": 0,
     "checkpoint.keep_last": 0,
+    "checkpoint.keep_every_steps": 0,
     "logging.interval_steps": 1,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,
@@ -328,6 +330,25 @@ def _check_loop(config: Config) -> None:
     for key in ("name", "run_dir", "data.tokenizer"):
         if not value_at(config, key):
             _reject(key, "''", "is empty", "give it a value")
+
+
+def _check_checkpoints(checkpoint: CheckpointConfig) -> None:
+    kept, interval = checkpoint.keep_every_steps, checkpoint.interval_steps
+    if not kept:
+        return
+    if not checkpoint.keep_last:
+        _reject(
+            "checkpoint.keep_every_steps", kept, "is ignored where checkpoint.keep_last=0 keeps all", "set one of them"
+        )
+    if not interval:
+        rule = "is ignored where checkpoint.interval_steps=0 saves at the end only"
+        _reject("checkpoint.keep_every_steps", kept, rule, "set checkpoint.interval_steps, or leave it at 0")
+    if kept % interval:
+        near = [kept // interval * interval] if kept > interval else []
+        rule = f"is not a multiple of checkpoint.interval_steps={interval}"
+        _reject(
+            "checkpoint.keep_every_steps", kept, rule, f"choose {_listed([*near, (kept // interval + 1) * interval])}"
+        )
 
 
 def _listed(values: list[int] | tuple[int, ...]) -> str:

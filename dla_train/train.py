@@ -25,10 +25,11 @@ from dla_train.checkpoint import (
     Checkpointer,
     CheckpointError,
     RunDirectoryError,
-    check_run_directory,
+    hold_run_directory,
     run_identity,
     write_run_files,
 )
+from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
 from dla_train.data.errors import DataError
@@ -89,10 +90,17 @@ def train(config: Config) -> TrainResult:
             vocab_size=config.model.vocab_size,
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
-        check_run_directory(config, identity, mesh)
-        model = meta_model(config, mesh.axes)
-        engine = build_engine(config, model, mesh)
-        checkpointer = Checkpointer(config, mesh)
+        with hold_run_directory(config, identity, mesh) as lock:
+            return _train(config, mesh, sources, identity, lock)
+
+
+def _train(
+    config: Config, mesh: Mesh, sources: DataSources, identity: dict[str, Any], lock: RunLock | None
+) -> TrainResult:
+    """`train` in a run directory that is this process's; `identity` is what makes it this run."""
+    model = meta_model(config, mesh.axes)
+    engine = build_engine(config, model, mesh)
+    with Checkpointer(config, mesh, lock) as checkpointer:
         resumed = checkpointer.resume(engine)
         done = sources.train.resume_step(resumed.data) if resumed else 0
         write_run_files(config, config_to_yaml(config), identity, mesh)
@@ -136,7 +144,8 @@ class Loop:
                 self.log.validation(done, validation)
                 self.log.clock.restart()
             if self.checkpointer.due(done, done == self.last):
-                self.checkpointer.save(done, self.engine, self.sources.train.state(done))
+                cursor = self.sources.train.state(done)
+                self.checkpointer.save(done, self.engine, cursor, wait=done == self.last)
                 self.log.clock.restart()
         self.sources.train.close()
         return TrainResult(step=done, loss=loss, validation=validation)

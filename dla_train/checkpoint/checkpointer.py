@@ -1,7 +1,10 @@
 """Saving and resuming a run: which step, when, and in what order things happen.
 
-`save` and `resume` are collective. What is not a tensor lies in `trainer.json`: the step, the data cursor, the
-configuration and the versions. The schedules are functions of the step and need no state of their own.
+At a save the tensors are copied to the host and training goes on; threads write, hash, flush and commit (`saving.py`).
+A save that fails in between is a loud message: training goes on, older checkpoints are as they were, and the next
+interval tries again. The last save of a run is waited for, and its failure is an error. Every method but `close` is
+collective, and every rank learns the same outcome. What is not a tensor lies in `trainer.json`: the step, the data
+cursor, the configuration and the versions. The schedules are functions of the step and need no state of their own.
 """
 
 from __future__ import annotations
@@ -10,30 +13,32 @@ import dataclasses
 import json
 import logging
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import safetensors
 import torch
 
-from dla_train.checkpoint import state as tensors
-from dla_train.checkpoint.folders import (
-    CheckpointError,
-    checkpoint_folder,
-    commit,
-    complete_steps,
-    partial_folder,
-    remove_incomplete,
-    remove_old,
-)
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
+from dla_train.checkpoint.folders import partial_folder, remove_incomplete, remove_old
+from dla_train.checkpoint.manifest import FORMAT, TENSORS
+from dla_train.checkpoint.resuming import newest_undamaged
+from dla_train.checkpoint.run_lock import RunLock
+from dla_train.checkpoint.saving import BackgroundSave, Part
+from dla_train.checkpoint.state import LogicalState, Staging, restore_random_state
 from dla_train.config import Config
 from dla_train.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the folder's layout."""
-TENSORS, TRAINER = "tensors", "trainer.json"
+GRACE_SECONDS = 20.0
+"""How long a process that stops on an error waits for other ranks' parts; torchrun kills 30 s after SIGTERM."""
+WAIT_SHOWN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,65 +52,137 @@ class Resumed:
 
 
 class Checkpointer:
-    """Checkpoints of one run directory, under `<run_dir>/checkpoints`."""
+    """Checkpoints of one run directory, under `<run_dir>/checkpoints`. Leaving it as a context closes it."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._config = config
-        self._mesh = mesh
+    def __init__(self, config: Config, mesh: Mesh, lock: RunLock | None = None) -> None:
+        """`lock`, on rank 0: nothing is committed or deleted after it was lost."""
+        self._config, self._mesh, self._lock = config, mesh, lock
         self.root = Path(config.run_dir) / "checkpoints"
+        self._staging = Staging(mesh.rank, mesh.size, mesh.device)
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
+        self._saving: BackgroundSave | None = None
+        self.last_complete: int | None = None
+        """Step of the newest save of this process known to be complete; on rank 0 at once, elsewhere after `finish`."""
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to save after `step`; `last` marks the step at which this process stops."""
         interval = self._config.checkpoint.interval_steps
         return last or (interval > 0 and step % interval == 0)
 
-    def save(self, step: int, engine: tensors.LogicalState, data: dict[str, Any]) -> Path:
-        """Write the checkpoint after `step` steps, complete or not at all; then delete old ones. Returns its folder."""
-        mesh, partial = self._mesh, partial_folder(self.root, step)
-        if mesh.is_writer:
-            self.root.mkdir(parents=True, exist_ok=True)
-            remove_incomplete(self.root)
-            (partial / TENSORS).mkdir(parents=True)
-        mesh.barrier()
-        share = tensors.collect(engine, mesh.rank, mesh.size)
-        share.update(tensors.random_state(mesh.rank, mesh.device))
-        tensors.write_tensors(partial / TENSORS, share)
-        if mesh.is_writer:
-            (partial / TRAINER).write_text(json.dumps(self._trainer_state(step, data), indent=1), encoding="utf-8")
-            commit(self.root, step)
-            remove_old(self.root, self._config.checkpoint.keep_last)
-        mesh.barrier()
-        return checkpoint_folder(self.root, step)
+    def save(self, step: int, engine: LogicalState, data: dict[str, Any], *, wait: bool = False) -> None:
+        """Begin the checkpoint after `step` steps; the engine may go on as soon as this returns.
 
-    def resume(self, engine: tensors.LogicalState) -> Resumed | None:
-        """Load the newest complete checkpoint into `engine`, or return None where there is none.
-
-        Raises CheckpointError where `checkpoint.resume` forbids or requires one, or where it is of another model; then
-        nothing has been changed.
+        `wait` returns when it is complete and raises CheckpointError, on every rank, if it cannot be. Without it a
+        failure is logged. A save still in progress is waited for first.
         """
-        step = self._mesh.from_writer(self._newest() if self._mesh.is_writer else None)
-        mode = self._config.checkpoint.resume
-        if step is None:
-            if mode == "required":
+        if failed := self.finish():
+            self._say("the last checkpoint failed (%s); trying again at step %d", failed, step)
+        objection = self._mesh.from_writer(self._prepare(step) if self._mesh.is_writer else None)
+        if isinstance(objection, RunDirectoryError):
+            raise objection
+        failure = str(objection) if objection else None
+        if failure is None:
+            part = Part(
+                root=self.root,
+                step=step,
+                rank=self._mesh.rank,
+                ranks=self._mesh.size,
+                tensors=self._staging.copy(engine),
+                trainer=json.dumps(self._trainer_state(step, data), indent=1),
+                timeout_seconds=60 * self._config.parallel.timeout_minutes,
+            )
+            self._saving = BackgroundSave(self._pool, part, self._check_lock, self._committed)
+            if wait or not self._config.checkpoint.asynchronous:
+                failure = self.finish()
+        if failure is None:
+            return
+        message = f"the checkpoint of step {step} is not written: {failure}; older ones in {self.root} are as they were"
+        if wait:
+            raise CheckpointError(f"{message}; mend that, then start the same command again to go on from the newest")
+        self._say("%s; training goes on, and the next save tries again", message)
+
+    def finish(self) -> str | None:
+        """Wait for the save in progress, if any. Returns why it failed, the same text on every rank, or None."""
+        saving = self._saving
+        if saving is None:
+            return None
+        started = time.perf_counter()
+        reasons = self._mesh.gather(saving.written())
+        failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+        if failed:
+            saving.give_up()
+        outcome = self._mesh.from_writer(saving.committed())
+        self._saving = None
+        waited = time.perf_counter() - started
+        if waited > WAIT_SHOWN_SECONDS and self._mesh.is_writer:
+            logger.info("waited %.1f s for the checkpoint of step %d", waited, saving.step)
+        if failed or outcome:
+            return "; ".join(failed) or str(outcome)
+        self.last_complete = saving.step
+        return None
+
+    def close(self) -> None:
+        """End the threads, on any way out: this rank's part is still written, and others' are given a short while."""
+        if self._saving is not None:
+            self._saving.give_up(GRACE_SECONDS)
+            self._saving = None
+        self._pool.shutdown()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def resume(self, engine: LogicalState) -> Resumed | None:
+        """Load the newest checkpoint that is undamaged into `engine`, or return None where there is none.
+
+        Raises CheckpointError where `checkpoint.resume` forbids or requires one, where all are damaged, or where it
+        is of another model; then nothing has been changed.
+        """
+        shapes, progress = engine.shapes(), self._config.logging.progress
+        opened = newest_undamaged(self.root, shapes, self._mesh, progress=progress)
+        if opened is None:
+            if self._config.checkpoint.resume == "required":
                 raise CheckpointError(
                     f"checkpoint.resume=required, but {self.root} holds no complete checkpoint; "
                     "check run_dir, or set checkpoint.resume=auto to start anew"
                 )
             return None
-        folder = checkpoint_folder(self.root, step)
-        trainer = read_trainer_state(folder)
-        shapes = engine.shapes()
-        tensors.check_shapes(folder / TENSORS, shapes, ("model/", "optim/"))
-        rank, device = self._mesh.rank, self._mesh.device
-        random_names = [name for name in tensors.stored_tensors(folder / TENSORS) if name.startswith(f"rng/{rank}/")]
-        loaded = tensors.read_tensors(folder / TENSORS, [*shapes, *random_names])
-        engine.import_state(loaded, step)
-        tensors.restore_random_state(loaded, rank, device)
-        return Resumed(step=step, data=trainer["data"])
+        engine.import_state(opened.tensors, opened.step)
+        restore_random_state(opened.random, self._mesh.device)
+        self._mesh.barrier()  # from here on the files may change: no rank reads them any more
+        return Resumed(step=opened.step, data=opened.data)
 
-    def _newest(self) -> int | None:
-        steps = complete_steps(self.root)
-        return steps[-1] if steps else None
+    def _prepare(self, step: int) -> OSError | RunDirectoryError | None:
+        """Make the partial folder; the error if that cannot be done. On rank 0."""
+        try:
+            self._check_lock()
+            self.root.mkdir(parents=True, exist_ok=True)
+            remove_incomplete(self.root)
+            (partial_folder(self.root, step) / TENSORS).mkdir(parents=True)
+        except (OSError, RunDirectoryError) as error:
+            return error
+        return None
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
+
+    def _committed(self, step: int) -> None:
+        """Note a complete save and delete what is not to be kept. In a thread of rank 0."""
+        self.last_complete = step
+        settings = self._config.checkpoint
+        try:
+            remove_old(self.root, step, settings.keep_last, settings.keep_every_steps)
+        except OSError as error:
+            logger.warning("an old checkpoint cannot be deleted: %s", error)
+
+    def _say(self, text: str, *values: object) -> None:
+        if self._mesh.is_writer:
+            logger.error(text, *values)
 
     def _trainer_state(self, step: int, data: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -114,13 +191,17 @@ class Checkpointer:
             "data": data,
             "config": dataclasses.asdict(self._config),
             "ranks": self._mesh.size,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {
+                "dla_train": _own_version(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "safetensors": safetensors.__version__,
+            },
         }
 
 
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """What `trainer.json` of a checkpoint holds. Raises CheckpointError for a layout of another version."""
-    trainer = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
-    if trainer["format"] != FORMAT:
-        raise CheckpointError(f"{folder} has layout {trainer['format']}, this version reads {FORMAT}; convert it first")
-    return dict(trainer)
+def _own_version() -> str:
+    try:
+        return metadata.version("dla-train")
+    except metadata.PackageNotFoundError:
+        return "not installed"

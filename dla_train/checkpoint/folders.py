@@ -1,27 +1,36 @@
 """Folders of checkpoints: when one exists, which ones there are, which go.
 
-A checkpoint is written into `step_XXXXXXXX.tmp`, flushed to the disk, renamed, and only then gets its `COMPLETE` marker
-with the size of every file. There is no pointer to the newest one: it is found by looking, so nothing can point at a
-half-written folder. A folder without a marker is rubbish from a crash; one whose files do not match it is damaged.
+A checkpoint is written into `step_XXXXXXXX.tmp`, flushed to the disk, renamed, and only then gets its `COMPLETE`
+marker. There is no pointer to the newest one: it is found by looking, so nothing can point at a half-written folder. A
+folder without a marker is rubbish from a crash; one that does not match its manifest is damaged: it is never deleted
+here, but set aside under a name that does not count.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from dla_train.checkpoint.errors import CheckpointError
+from dla_train.checkpoint.manifest import MARKER, FileRecord, flush_folder, read_manifest, write_manifest
 
-MARKER = "COMPLETE"
-_FOLDER = re.compile(r"step_(\d{8,})")
+_FOLDER = re.compile(r"step_(\d{8,18})")
+_LEFT_BY_A_CRASH = re.compile(r"step_\d{8,18}(\.tmp|\.replaced)?")
+
+_SET_ASIDE = re.compile(r"step_\d{8,18}\.damaged\d*")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used: damaged, absent, or of another model."""
+@dataclass(frozen=True)
+class Found:
+    """A folder with a completion marker."""
+
+    step: int
+    folder: Path
+    fault: CheckpointError | None
+    """Why it cannot be used, by its manifest and the sizes of its files; None if nothing speaks against it."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -34,81 +43,122 @@ def partial_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}.tmp"
 
 
-def complete_steps(root: Path) -> list[int]:
-    """Steps of the complete checkpoints in `root`, ascending. A damaged one is named in a warning and left out."""
-    if not root.is_dir():
+def find_checkpoints(root: Path) -> list[Found]:
+    """Every folder in `root` that has a completion marker, by step. Contents are not hashed.
+
+    Raises CheckpointError where `root` may not be read.
+    """
+    try:
+        names = [path.name for path in root.iterdir()]
+    except FileNotFoundError:
         return []
-    return sorted(
-        int(match[1])
-        for folder in root.iterdir()
-        if (match := _FOLDER.fullmatch(folder.name)) and (folder / MARKER).is_file() and _matches_marker(folder)
-    )
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read: {error.strerror}; mend that, or check run_dir") from error
+    steps = {int(match[1]) for name in names if (match := _FOLDER.fullmatch(name))}
+    folders = [(step, checkpoint_folder(root, step)) for step in sorted(steps)]
+    return [Found(step, folder, _fault(folder, step)) for step, folder in folders if os.path.lexists(folder / MARKER)]
 
 
-def commit(root: Path, step: int) -> None:
-    """Turn the written partial folder of `step` into a complete checkpoint; replaces one of the same step."""
+def complete_steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints in `root`, ascending; damaged ones are left out."""
+    return [found.step for found in find_checkpoints(root) if found.fault is None]
+
+
+def commit(root: Path, step: int, files: dict[str, FileRecord]) -> None:
+    """Turn the partial folder of `step`, whose `files` are on the disk, into a complete checkpoint.
+
+    One of the same step stays until the new one has its name.
+    """
     partial, final = partial_folder(root, step), checkpoint_folder(root, step)
-    sizes = {}
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            sizes[path.relative_to(partial).as_posix()] = path.stat().st_size
-        _flush(path)
-    _flush(partial)
-    remove_checkpoint(final)
+    marker = write_manifest(partial, step, files)
+    for folder in sorted({(partial / name).parent for name in files}):
+        flush_folder(folder)
+    flush_folder(partial)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.is_dir():
+        final.rename(replaced)
     partial.rename(final)
-    _flush(root)
-    write_atomically(final / MARKER, json.dumps({"step": step, "files": sizes}, indent=1))
+    flush_folder(root)
+    write_atomically(final / MARKER, marker)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
 
 
 def remove_incomplete(root: Path) -> list[str]:
-    """Delete what a crash left: partial folders and folders without a marker. Returns their names."""
+    """Delete what a crash left: partial folders and folders without a marker. Returns their names.
+
+    Not while a save is being written: its folder looks the same.
+    """
     if not root.is_dir():
         return []
     removed = []
-    for folder in sorted(root.glob("step_*")):
-        if folder.is_dir() and not (folder / MARKER).is_file():
+    for folder in sorted(root.iterdir()):
+        if not folder.is_dir() or folder.is_symlink() or not _LEFT_BY_A_CRASH.fullmatch(folder.name):
+            continue
+        if folder.suffix or not os.path.lexists(folder / MARKER):
             shutil.rmtree(folder)
             removed.append(folder.name)
     return removed
 
 
-def remove_old(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints; 0 keeps all."""
-    for step in complete_steps(root)[:-keep_last] if keep_last else []:
+def outdated_steps(steps: list[int], keep_last: int, keep_every_steps: int) -> list[int]:
+    """Which of the complete `steps` (ascending) may go: never the newest, nor a multiple of `keep_every_steps`.
+
+    keep_last: newest to keep, 0 keeps all.
+    """
+    older = steps[:-keep_last] if keep_last else []
+    return [step for step in older if not keep_every_steps or step % keep_every_steps]
+
+
+def remove_old(root: Path, newest: int, keep_last: int, keep_every_steps: int) -> list[int]:
+    """Delete complete checkpoints that are not to be kept, `newest` being the one just written. Returns their steps.
+
+    Later ones than `newest`, which only an unusual history leaves, do not count and stay.
+    """
+    steps = [step for step in complete_steps(root) if step <= newest]
+    removed = outdated_steps(steps, keep_last, keep_every_steps)
+    for step in removed:
         remove_checkpoint(checkpoint_folder(root, step))
+    return removed
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint, marker first, so that a crash half-way leaves rubbish and no damaged checkpoint."""
-    if folder.is_dir():
-        (folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    (folder / MARKER).unlink(missing_ok=True)
+    flush_folder(folder)
+    shutil.rmtree(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it no longer counts; nothing of it is lost. Returns its new path."""
+    aside = folder.with_name(folder.name + ".damaged")
+    for number in range(2, 1000):
+        if not os.path.lexists(aside):
+            break
+        aside = folder.with_name(f"{folder.name}.damaged{number}")
+    folder.rename(aside)
+    return aside
+
+
+def folders_set_aside(root: Path) -> list[Path]:
+    """The folders that `set_aside` renamed."""
+    return sorted(path for path in root.iterdir() if _SET_ASIDE.fullmatch(path.name))
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, also after a crash."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
-    _flush(path.parent)
+    flush_folder(path.parent)
 
 
-def _matches_marker(folder: Path) -> bool:
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    for name, size in marker["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            logger.warning(
-                "checkpoint %s is damaged: %s is not the %d bytes written; it is ignored", folder, name, size
-            )
-            return False
-    return True
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _fault(folder: Path, step: int) -> CheckpointError | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        read_manifest(folder, step)
+    except CheckpointError as error:
+        return error
+    return None

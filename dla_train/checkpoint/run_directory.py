@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
 from dla_train.checkpoint.folders import write_atomically
+from dla_train.checkpoint.manifest import parse_json, read_small
+from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
 from dla_train.parallel.mesh import Mesh
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 _FREE = {"model": ("name",), "memory": ("backend", "chunk_tokens")}
 _SHOWN = 5
-
-
-class RunDirectoryError(ValueError):
-    """run_dir holds another run, or one that may not be continued."""
 
 
 def run_identity(config: Config, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
@@ -46,6 +47,35 @@ def check_run_directory(config: Config, identity: dict[str, Any], mesh: Mesh) ->
     message = mesh.from_writer(_objection(config, identity) if mesh.is_writer else None)
     if message:
         raise RunDirectoryError(message)
+
+
+@contextmanager
+def hold_run_directory(config: Config, identity: dict[str, Any], mesh: Mesh) -> Iterator[RunLock | None]:
+    """Check run_dir and keep every other process from training in it; gives rank 0 the lock. Collective.
+
+    Raises RunDirectoryError on every rank. Makes the folder, and writes nothing but the lock.
+    """
+    check_run_directory(config, identity, mesh)
+    lock, objection = _take_lock(Path(config.run_dir)) if mesh.is_writer else (None, None)
+    try:
+        if message := mesh.from_writer(objection):
+            raise RunDirectoryError(message)
+        check_run_directory(config, identity, mesh)  # another process may have begun a run here in between
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _take_lock(run_dir: Path) -> tuple[RunLock | None, str | None]:
+    """(the lock, None) or (None, why there is none)."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return RunLock(run_dir), None
+    except RunDirectoryError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"run_dir={run_dir} cannot be written: {error}; give this user the right to, or choose another"
 
 
 def write_run_files(config: Config, config_yaml: str, identity: dict[str, Any], mesh: Mesh) -> None:
@@ -71,7 +101,14 @@ def _objection(config: Config, identity: dict[str, Any]) -> str | None:
         return None
     if resume == "never":
         return f"run_dir={run_dir} holds a run and checkpoint.resume=never; choose another run_dir, or set it to auto"
-    stored = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+    try:
+        stored = parse_json(run_dir / RUN_FILE, read_small(run_dir / RUN_FILE))
+    except CheckpointError as error:
+        return f"{error}; put the file back from a copy, or choose another run_dir"
+    if not isinstance(stored.get("identity"), dict):
+        return (
+            f"{run_dir / RUN_FILE} does not say which run this is; put it back from a copy, or choose another run_dir"
+        )
     return _differences(run_dir, stored, identity)
 
 
@@ -85,7 +122,7 @@ def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]
     )
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return (
-        f"run_dir={run_dir} holds another run, {stored['name']}: {listed}{more}. "
+        f"run_dir={run_dir} holds another run, {stored.get('name')}: {listed}{more}. "
         "Choose another run_dir, or resume with the settings of that run"
     )
 

@@ -1,25 +1,28 @@
-"""Tensors of a checkpoint: whole, float32, under logical names, in PyTorch's distributed checkpoint format.
+"""What of a run becomes tensors: whole, float32, under logical names; and this rank's copy of its share of them.
 
 `model/<name>`, `optim/<name>/exp_avg`, `optim/<name>/exp_avg_sq` have global shapes and know nothing of ranks or
-engines; `rng/<rank>/<device>` is each rank's random state. Each rank writes the tensors dealt to it in turn, so that
-the host memory of a save shrinks with the number of ranks; every rank reads what it asks for.
+engines; `rng/<rank>/<device>` is each rank's random state. Whole tensors are dealt to the ranks so that every rank
+copies about the same number of bytes: on the host a save takes 12 bytes a parameter, divided by the ranks. Nothing is
+cut into pieces, because engines hand over whole tensors anyway.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dla_train.checkpoint.folders import CheckpointError
+from dla_train.checkpoint.errors import CheckpointError, DamagedError
+from dla_train.checkpoint.tensor_files import StoredTensors
 
 SHOWN_DIFFERENCES = 4
 """Differences named in one error."""
+PREFIXES = ("model/", "optim/")
+"""Names of an engine's state start with one of these."""
 
 
 class LogicalState(Protocol):
@@ -35,51 +38,57 @@ class LogicalState(Protocol):
         """Load all tensors and continue as after `steps` optimizer steps."""
 
 
-def collect(source: LogicalState, rank: int, ranks: int) -> dict[str, Tensor]:
-    """This rank's share of the exported tensors, copied to the CPU."""
-    share = {}
-    for index, (name, tensor) in enumerate(source.export_state()):
-        if index % ranks == rank:
-            share[name] = tensor.detach().to("cpu", copy=True)
-    return share
+class Staging:
+    """This rank's host copies, in buffers kept from save to save; on CUDA they are pinned, so copies overlap."""
+
+    def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
+        self._rank, self._ranks, self._device = rank, ranks, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, source: LogicalState) -> dict[str, Tensor]:
+        """This rank's share and its random state; valid until the next call. Collective.
+
+        The copies are complete on return: what the optimizer does afterwards cannot reach them.
+        """
+        mine = deal(source.shapes(), self._ranks)[self._rank]
+        for name, tensor in source.export_state():
+            if name in mine:
+                self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        copied = {name: self._buffers[name] for name in sorted(mine)}
+        return copied | random_state(self._rank, self._device)
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        if like.dtype != torch.float32:
+            raise TypeError(f"{name} is {like.dtype}; checkpoints hold float32 only")
+        if name not in self._buffers:
+            pinned = self._device.type == "cuda"
+            self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+        return self._buffers[name]
 
 
-def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write every rank's share into `folder` (collective); names must be distinct over the ranks."""
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, thread_count=1))
+def deal(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[set[str]]:
+    """Which rank writes which tensors: the largest first, each to the rank with the fewest elements so far."""
+    shares, loads = [set[str]() for _ in range(ranks)], [0] * ranks
+    for name in sorted(shapes, key=lambda name: (-math.prod(shapes[name]), name)):
+        rank = loads.index(min(loads))
+        shares[rank].add(name)
+        loads[rank] += math.prod(shapes[name])
+    return shares
 
 
-def stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of every tensor stored in `folder`, by name."""
-    metadata = dcp.FileSystemReader(folder).read_metadata()
-    return {
-        name: entry for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def read_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
-    """The named tensors, whole, on the CPU. Needs no process group; each rank reads for itself."""
-    stored = stored_tensors(folder)
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    reader, planner = dcp.FileSystemReader(folder), dcp.DefaultLoadPlanner()
-    metadata = reader.read_metadata()
-    planner.set_up_planner(tensors, metadata, is_coordinator=True)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-    reader.read_data(plan, planner).wait()
-    return tensors
-
-
-def check_shapes(folder: Path, wanted: dict[str, tuple[int, ...]], prefixes: tuple[str, ...]) -> None:
-    """Raise CheckpointError, naming the first differences, unless `folder` holds exactly the `wanted` tensors.
-
-    Compared are names that start with one of `prefixes`, e.g. `("model/", "optim/")`.
-    """
-    stored = {name: tuple(entry.size) for name, entry in stored_tensors(folder).items() if name.startswith(prefixes)}
+def check_shapes(folder: Path, stored: StoredTensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError, naming the first differences, unless the engine's tensors stored are just the `wanted`."""
+    entries = {name: stored.entry(name) for name in stored if name.startswith(PREFIXES)}
+    for name, (dtype, _) in entries.items():
+        if dtype != "F32":
+            raise DamagedError(f"{folder} holds {name} as {dtype}; checkpoints of this program hold F32 only")
+    there = {name: shape for name, (_, shape) in entries.items()}
     differences = [
-        f"{name} is {_shape(stored.get(name))} there and {_shape(wanted.get(name))} here"
-        for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
+        f"{name} is {_shape(there.get(name))} there and {_shape(wanted.get(name))} here"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
     ]
     if differences:
         more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
@@ -97,12 +106,31 @@ def random_state(rank: int, device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def restore_random_state(state: Mapping[str, Tensor], rank: int, device: torch.device) -> None:
-    """Set what `random_state` saved; a rank that the saved run did not have keeps its own."""
-    if f"rng/{rank}/cpu" in state:
-        torch.set_rng_state(state[f"rng/{rank}/cpu"])
-    if device.type == "cuda" and f"rng/{rank}/cuda" in state:
-        torch.cuda.set_rng_state(state[f"rng/{rank}/cuda"], device)
+def stored_random_state(
+    folder: Path, stored: Mapping[str, Tensor], rank: int, device: torch.device
+) -> dict[str, Tensor]:
+    """What `random_state` saved for this rank and device, tried on a spare generator. Raises DamagedError.
+
+    Empty for a rank that the saved run did not have: it keeps its own.
+    """
+    found = {}
+    for kind in {"cpu", device.type}:
+        name = f"rng/{rank}/{kind}"
+        if name in stored:
+            found[kind] = stored[name].clone()
+            try:
+                torch.Generator(device if kind == "cuda" else "cpu").set_state(found[kind])
+            except (RuntimeError, TypeError) as error:
+                raise DamagedError(f"{folder} is damaged: {name} is no random state: {error}") from error
+    return found
+
+
+def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set what `stored_random_state` gave."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

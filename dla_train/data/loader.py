@@ -174,7 +174,13 @@ class BatchSource:
                     f"the checkpoint was trained on data with {key}={state.get(key)}, this run has {here[key]}; "
                     "resume with the same data, seed and batch, or start a new run"
                 )
-        return int(state["tokens"]) // self.tokens_per_step
+        tokens = state.get("tokens")
+        if not isinstance(tokens, int) or tokens < 0 or tokens % self.tokens_per_step:
+            raise DataError(
+                f"the checkpoint's data cursor, tokens={tokens}, is no multiple of the {self.tokens_per_step} of "
+                "one step; resume from another checkpoint"
+            )
+        return tokens // self.tokens_per_step
 
     def close(self) -> None:
         """Stop the reading threads."""

@@ -114,6 +114,13 @@ class Mesh:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything that pickles), by rank, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:

@@ -173,6 +173,13 @@ def test_resuming_on_other_data_names_what_differs(files: TokenFiles, change: di
         make_source(files, **change).resume_step(state)
 
 
+@pytest.mark.parametrize("tokens", [None, "many", -128, 64, 1.5])
+def test_a_cursor_that_counts_no_whole_steps_is_refused(files: TokenFiles, tokens: object) -> None:
+    state = make_source(files).state(5) | {"tokens": tokens}
+    with pytest.raises(DataError, match="the checkpoint's data cursor, tokens="):
+        make_source(files).resume_step(state)  # type: ignore[arg-type]
+
+
 def test_resuming_on_other_files_is_refused(
     files: TokenFiles, write_files: WriteFiles, documents: list[list[int]]
 ) -> None:

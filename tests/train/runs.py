@@ -9,9 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dla_train.checkpoint.checkpointer import TENSORS
-from dla_train.checkpoint.folders import checkpoint_folder
-from dla_train.checkpoint.state import read_tensors, stored_tensors
+from dla_train.checkpoint import open_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,5 +61,4 @@ def numbers_of(run_dir: str | Path, *names: str) -> list[tuple[float, ...]]:
 
 def tensors_of(run_dir: str | Path, step: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
-    folder = checkpoint_folder(Path(run_dir) / "checkpoints", step) / TENSORS
-    return read_tensors(folder, list(stored_tensors(folder)))
+    return dict(open_step(run_dir, step)[0].tensors("model", "optim", "rng"))

@@ -2,57 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dla_train.checkpoint import Checkpointer, CheckpointError, RunDirectoryError, complete_steps
-from dla_train.checkpoint.folders import MARKER, checkpoint_folder, remove_incomplete, remove_old
+from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps
+from dla_train.checkpoint.folders import checkpoint_folder
+from dla_train.checkpoint.manifest import MARKER
+from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
 from dla_train.evaluate.loading import load_model
 from dla_train.models.build import build_model
-from dla_train.parallel.mesh import Mesh
 from dla_train.train import train
-from tests.train.runs import TINY, numbers_of, run_python, tensors_of
+from tests.train.runs import TINY, numbers_of, run_python, run_training, tensors_of
 
 MakeConfig = Callable[..., Config]
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
-    """A folder with complete checkpoints of steps 1 to 3."""
-    for step in (1, 2, 3):
-        folder = checkpoint_folder(tmp_path, step)
-        folder.mkdir()
-        (folder / "data").write_bytes(b"x" * step)
-        (folder / MARKER).write_text(json.dumps({"step": step, "files": {"data": step}}))
-    yield tmp_path
-
-
-def test_a_folder_without_its_marker_does_not_count_and_is_cleaned_away(root: Path) -> None:
-    (checkpoint_folder(root, 3) / MARKER).unlink()
-    (root / "step_00000004.tmp").mkdir()
-    assert complete_steps(root) == [1, 2]
-    assert remove_incomplete(root) == ["step_00000003", "step_00000004.tmp"]
-    assert sorted(path.name for path in root.iterdir()) == ["step_00000001", "step_00000002"]
-
-
-def test_a_truncated_file_makes_a_checkpoint_damaged_and_ignored_but_kept(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (checkpoint_folder(root, 3) / "data").write_bytes(b"xx")
-    assert complete_steps(root) == [1, 2]
-    assert "step_00000003 is damaged" in caplog.text
-    assert remove_incomplete(root) == [] and checkpoint_folder(root, 3).is_dir()
-
-
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3]), (1, [3]), (2, [2, 3]), (9, [1, 2, 3])])
-def test_the_newest_checkpoints_are_kept(root: Path, keep: int, left: list[int]) -> None:
-    remove_old(root, keep)
-    assert complete_steps(root) == left
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(tiny: MakeConfig) -> None:
@@ -79,6 +46,74 @@ def test_a_run_resumed_in_a_new_process_equals_the_whole_run_bit_for_bit(
     whole, resumed = tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "run", 8)
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_saving_in_the_background_every_step_changes_no_bit_of_the_run_or_of_a_checkpoint(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    """Each checkpoint written while training went on is the one of a run that stopped there, and is gone on from."""
+    often = ["memory=dla_rate", "checkpoint.interval_steps=1", "checkpoint.keep_last=0"]
+    train(tiny(*often, f"run_dir={tmp_path}/whole"))
+    for step in (2, 5):
+        train(tiny("memory=dla_rate", "checkpoint.asynchronous=false", f"train.stop_at_step={step}"))
+        background, stopped = tensors_of(tmp_path / "whole", step), tensors_of(tmp_path / "run", step)
+        assert background.keys() == stopped.keys()
+        assert [name for name in stopped if not torch.equal(background[name], stopped[name])] == []
+    for step in (7, 8):
+        shutil.rmtree(checkpoint_folder(tmp_path / "whole/checkpoints", step))
+    train(tiny("memory=dla_rate", f"run_dir={tmp_path}/whole"))
+    train(tiny("memory=dla_rate"))
+    names = ("loss", "grad_norm", "tau")
+    assert numbers_of(tmp_path / "whole", *names) == numbers_of(tmp_path / "run", *names)
+
+
+def test_the_number_of_loader_workers_may_change_from_start_to_start(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny(f"run_dir={tmp_path}/whole"))
+    for step, workers in ((3, 2), (5, 0), (8, 3)):
+        train(tiny(f"train.stop_at_step={step}", f"data.loader_workers={workers}"))
+    names = ("loss", "grad_norm", "lr")
+    assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "whole", *names)
+    whole, resumed = tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "run", 8)
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_a_run_goes_from_two_ranks_to_one_and_back_to_two(tiny: MakeConfig, corpus: list[str], tmp_path: Path) -> None:
+    def start(step: int, ranks: int) -> None:
+        overrides = [*TINY, *corpus, f"run_dir={tmp_path}/run", "checkpoint.keep_last=0", f"train.stop_at_step={step}"]
+        run_training(tmp_path / "spec.json", [overrides], ranks=ranks)
+
+    train(tiny(f"run_dir={tmp_path}/whole"))
+    start(3, ranks=2)
+    train(tiny("train.stop_at_step=5", "checkpoint.keep_last=0"))
+    start(8, ranks=2)
+    names = ("loss", "grad_norm", "lr")
+    expected, actual = (torch.tensor(numbers_of(tmp_path / name, *names)) for name in ("whole", "run"))
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=0)  # gradients are summed in another order
+    ranks = [{name for name in tensors_of(tmp_path / "run", step) if "rng" in name} for step in (3, 5, 8)]
+    assert [len(names) for names in ranks] == [2, 1, 2]
+
+
+def test_two_jobs_in_one_directory_are_refused_and_a_finished_one_leaves_no_lock(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    train(tiny("train.stop_at_step=1"))
+    assert not list((tmp_path / "run").glob("run.lock*"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    lock = RunLock(tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="is being trained by process"):
+        train(tiny())
+    lock.release()
+    assert {path: path.read_bytes() for path in before} == before
+    assert train(tiny()).step == 8
+
+
+def test_a_run_file_of_nonsense_is_an_error_and_stays(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny("train.stop_at_step=1"))
+    for content in ("{", "[]", '{"name": "tiny"}'):
+        (tmp_path / "run/run.json").write_text(content)
+        with pytest.raises(RunDirectoryError, match=r"run\.json .*(copy|choose another)"):
+            train(tiny())
+        assert (tmp_path / "run/run.json").read_text() == content
 
 
 def test_the_test_corpus_makes_the_resumed_run_cross_an_epoch(tiny: MakeConfig) -> None:
@@ -170,58 +205,6 @@ def test_a_checkpoint_of_another_model_names_the_first_differences(tiny: MakeCon
     message = str(caught.value)
     assert "model/blocks.0.mlp.down.weight is [32, 64] there and [32, 48] here" in message and "more" in message
     assert numbers_of(tmp_path / "run", "loss")[-1][0] == 1
-
-
-class OneTensor:
-    """The least that a checkpoint can hold."""
-
-    def __init__(self) -> None:
-        self.value, self.steps = torch.arange(3.0), 0
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"model/value": (3,)}
-
-    def export_state(self) -> Iterator[tuple[str, Tensor]]:
-        yield "model/value", self.value
-
-    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        self.value, self.steps = state["model/value"], steps
-
-
-def test_the_random_state_goes_on_where_it_was(tiny: MakeConfig) -> None:
-    config, engine = tiny(), OneTensor()
-    with Mesh.start(config) as mesh:
-        checkpointer = Checkpointer(config, mesh)
-        torch.manual_seed(3)
-        torch.rand(5)
-        checkpointer.save(4, engine, {"tokens": 1})
-        expected = torch.rand(5)
-        torch.manual_seed(0)
-        engine.value = torch.zeros(3)
-        resumed = checkpointer.resume(engine)
-    assert resumed is not None and (resumed.step, resumed.data, engine.steps) == (4, {"tokens": 1}, 4)
-    assert torch.equal(torch.rand(5), expected) and torch.equal(engine.value, torch.arange(3.0))
-
-
-def test_a_save_that_crashes_leaves_the_older_checkpoint_in_charge(
-    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, engine = tiny(), OneTensor()
-
-    def full_disk(folder: Path, tensors: dict[str, Tensor]) -> None:
-        raise OSError("no space left on device")
-
-    with Mesh.start(config) as mesh:
-        checkpointer = Checkpointer(config, mesh)
-        checkpointer.save(2, engine, {})
-        with monkeypatch.context() as patch:
-            patch.setattr("dla_train.checkpoint.state.write_tensors", full_disk)
-            with pytest.raises(OSError, match="no space"):
-                checkpointer.save(4, engine, {})
-        assert complete_steps(checkpointer.root) == [2]
-        checkpointer.save(4, engine, {})
-        assert complete_steps(checkpointer.root) == [2, 4]
-        assert not list(checkpointer.root.glob("*.tmp"))
 
 
 def test_a_loaded_model_is_the_trained_one(tiny: MakeConfig) -> None:
