@@ -217,6 +217,32 @@ class CheckpointConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    """What a run does when numbers go wrong or a phase hangs (docs/reliability.md)."""
+
+    max_skipped_steps: int = 3
+    """Steps in a row with a gradient that is not finite that are left out; one more makes the run go back."""
+    spike_deviations: float = 0.0
+    """A loss this many median deviations above the running median is a spike; 0 looks for none."""
+    spike_window_steps: int = 200
+    """Losses in the running median."""
+    spike_patience_steps: int = 5
+    """Spikes in a row after which the run goes back."""
+    max_rewinds: int = 3
+    """Returns to the last good checkpoint, past the data that led there, in the whole run; one more ends it."""
+    setup_minutes: float = 60.0
+    """Longest time before the first step; 0 is no limit, as for the others."""
+    first_step_minutes: float = 60.0
+    """Of the first step of a start, which compiles."""
+    step_minutes: float = 8.0
+    """Of any other step; below parallel.timeout_minutes, so that stacks are written before other ranks give up."""
+    validation_minutes: float = 120.0
+    """Of a validation."""
+    checkpoint_minutes: float = 60.0
+    """Of a save, as far as training waits for it."""
+
+
+@dataclass
 class LoggingConfig:
     """Where the numbers go; metrics.jsonl is always written."""
 
@@ -254,6 +280,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -15,7 +15,9 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"optim", "metrics", "telemetry"},
     {"logical_state"},
     {"engine", "checkpoint"},
-    {"evaluate", "data_prep"},
+    {"evaluate", "data_prep", "resilience"},
+    {"run_log"},
+    {"loop"},
     {"train", "generate", "export"},
     {"sweep", "quickstart", "bench", "plan_run"},
 )
