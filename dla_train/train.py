@@ -195,7 +195,8 @@ class Run:
         self._say("diverged", step, DIVERGED, judgement.reason)
         raise TrainingDiverged(
             f"step {step}: {judgement.reason}, and {why}; lower optim.lr={self.config.optim.lr} or set optim.clip_norm "
-            f"in a new run_dir, or go on from the last checkpoint in {self.config.run_dir} with more resilience.max_rewinds"
+            f"in a new run_dir, or go on from the last checkpoint in {self.config.run_dir} with a higher "
+            "resilience.max_rewinds"
         )
 
     def _rewinds(self) -> list[Rewind]:

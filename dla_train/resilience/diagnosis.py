@@ -45,7 +45,8 @@ def _of_one(module: nn.Module, loss: Callable[[], Tensor]) -> str:
     hooks = [part.register_forward_hook(look(name)) for name, part in module.named_modules() if name]
     try:
         total = loss()
-        gradients = torch.autograd.grad(total, [tensor for _, tensor in outputs], allow_unused=True)
+        made = [tensor for _, tensor in outputs]
+        gradients = torch.autograd.grad(total, made, allow_unused=True) if made else ()
     finally:
         for hook in hooks:
             hook.remove()

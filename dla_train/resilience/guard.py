@@ -56,7 +56,7 @@ class Guard:
         if self._skipped > self._config.max_skipped_steps:
             what = f"the gradients of {self._skipped} steps in a row are not finite"
             return Judgement(True, step - self._skipped + 1, what)
-        if loss is None or skipped:
+        if loss is None or skipped or not self.wants_losses:
             return Judgement()
         spike, high = self._is_spike(loss)
         self._spikes = self._spikes + 1 if spike else 0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dla_train.checkpoint.folders import write_atomically
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -48,7 +49,7 @@ def data_step(step: int, rewinds: Sequence[Rewind]) -> int:
 
 
 def data_position(done: int, rewinds: Sequence[Rewind]) -> int:
-    """Where the data stands after `done` steps: one past the last data step that was read, whatever is passed over next.
+    """Where the data stands after `done` steps: one past the last data step that was read, whatever comes next.
 
     So the cursor of a checkpoint stays true when a later rewind goes back to it.
     """
@@ -56,28 +57,32 @@ def data_position(done: int, rewinds: Sequence[Rewind]) -> int:
 
 
 def read_journal(run_dir: Path) -> list[Rewind]:
-    """The rewinds of a run, in order. Raises JournalError; a last line that a crash cut off was not obeyed either."""
+    """The rewinds of a run, in order. Raises JournalError where a line is no entry."""
     path = run_dir / JOURNAL_FILE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    names = {field.name for field in dataclasses.fields(Rewind)}
     found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or set(entry) != names:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        entry = _entry(line)
+        if entry is None:
             mend = "restore the file, or choose another run_dir"
             raise JournalError(f"{path}:{number} is not an entry of this version; {mend}")
-        found.append(Rewind(**entry))
+        found.append(entry)
     return found
 
 
 def append_to_journal(run_dir: Path, rewind: Rewind) -> None:
     """Write a rewind down, on the disk when this returns; it is obeyed from then on."""
-    with (run_dir / JOURNAL_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(rewind)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    lines = [json.dumps(dataclasses.asdict(entry)) + "\n" for entry in [*read_journal(run_dir), rewind]]
+    write_atomically(run_dir / JOURNAL_FILE, "".join(lines))
+
+
+def _entry(line: str) -> Rewind | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    kinds = {field.name: {"int": int, "str": str}[str(field.type)] for field in dataclasses.fields(Rewind)}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
+        return None
+    return Rewind(**values)
