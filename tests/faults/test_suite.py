@@ -1,4 +1,4 @@
-"""The short form of the fault suite (`make test-faults` is the whole): a run of each class is hurt and loses nothing."""
+"""The short form of the fault suite, of which `make test-faults` is the whole: runs are hurt and lose nothing."""
 
 import json
 from pathlib import Path
