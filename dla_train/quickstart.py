@@ -23,6 +23,7 @@ from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.loader import open_sources
 from dla_train.data.tokenizer import load_tokenizer
+from dla_train.data_config import PLAIN_SOURCE
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
 from dla_train.evaluate.loading import load_model
 from dla_train.evaluate.loss_curve import plot_loss_curve
@@ -108,7 +109,7 @@ def measure(config: Config) -> dict[str, object]:
         "held_out_loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
         "held_out_tokens": result.tokens,
-        "unigram_entropy": unigram_entropy(sources.train.files, config.model.vocab_size),
+        "unigram_entropy": unigram_entropy(sources.train.sources[PLAIN_SOURCE].files, config.model.vocab_size),
         "prompt": PROMPT,
         "sample": sources.tokenizer.decode(sample.tokens),
         "cache_bytes": sample.cache_bytes,

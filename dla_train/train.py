@@ -86,6 +86,7 @@ def train(config: Config) -> TrainResult:
             global_batch_rows=config.train.global_batch_rows,
             seed=config.seed,
             vocab_size=config.model.vocab_size,
+            pin_memory=mesh.device.type == "cuda",
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         check_run_directory(config, identity, mesh)
@@ -127,6 +128,7 @@ class Loop:
             if self.log.due(done, self.last):
                 nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
                 loss = nats
+                numbers |= self.sources.train.numbers(done)
                 numbers |= {"loss": nats} | ({"z_loss": partition} if self.config.optim.z_loss else {})
                 self.log.training(done, numbers)
             if self._validation_due(done):
@@ -169,10 +171,10 @@ class Loop:
 
     def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         device = self.mesh.device
-        tokens, cu_seqlens = batch.tokens.to(device), batch.cu_seqlens.to(device)
+        tokens, cu_seqlens = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.cu_seqlens))
         output = self.engine.module(tokens, cu_seqlens, gate_temperature=temperature)
         loss = self.engine.module.token_loss
-        nats, partition, _ = loss(output.logits, batch.targets.to(device), self.config.optim.z_loss)
+        nats, partition, _ = loss(output.logits, batch.targets.to(device, non_blocking=True), self.config.optim.z_loss)
         return nats, partition
 
     def _target_count(self, batches: list[Batch]) -> Tensor:
