@@ -3,7 +3,7 @@
 The format is Megatron-LM's indexed dataset (uint16 tokens for vocabularies under 65,500, else int32), written through
 megatron-core's own class, so that files travel both ways; megatron is imported on first use (seconds) and only here.
 Files are read without it: its reader fails with bare assertions, or takes a truncated `.bin` without complaint until
-the missing tokens are asked for. The `.bin` is mapped, never loaded; what stays in memory is 4 bytes a document.
+the missing tokens are asked for. Opening is token_file.py's; what stays in memory is 4 bytes a document.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -21,31 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dla_train.data.errors import CorpusTooSmallError, TokenFileError, TokenizerError, VocabularyError
-from dla_train.data.index_file import REMAKE, read_index
-from dla_train.data.manifest import Manifest, read_manifest
+from dla_train.data.manifest import Manifest
+from dla_train.data.token_file import TokenFile, token_file_paths
 from dla_train.data.tokenizer import Tokenizer
 
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 4096
 _PIECE = 1 << 20
-
-
-def token_file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """Paths of the `.bin`, `.idx` and `.json` (manifest) of a prefix."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """One opened `.bin/.idx` pair; documents without tokens are left out."""
-
-    prefix: str
-    tokens: NDArray[np.integer]
-    """All tokens, a view of the mapped `.bin`."""
-    lengths: NDArray[np.integer]
-    """Tokens of each document, [documents]."""
-    byte_starts: NDArray[np.int64]
-    """First byte of each document, [documents]."""
-    manifest: Manifest | None
 
 
 class TokenFiles:
@@ -61,7 +41,7 @@ class TokenFiles:
         if not prefixes:
             raise CorpusTooSmallError("no token files given; set data.train to the prefixes of .bin/.idx pairs")
         self.prefixes = [str(prefix) for prefix in prefixes]
-        self.files = [_open(prefix) for prefix in self.prefixes]
+        self.files = [TokenFile(prefix) for prefix in self.prefixes]
         """The pairs, in the order of `prefixes`."""
         for file in self.files:
             _check_manifest(file.prefix, file.manifest, tokenizer, vocab_size)
@@ -70,7 +50,7 @@ class TokenFiles:
         self.document_lengths: NDArray[np.integer] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         """Tokens of each document, [documents] int32 (int64 for documents of several sequences), all at least 1."""
         self._first = np.cumsum([0] + [len(part) for part in parts])
-        self.tokens = sum(len(file.tokens) for file in self.files)
+        self.tokens = sum(file.tokens for file in self.files)
         """Number of tokens."""
         self.manifests: list[Manifest | None] = [file.manifest for file in self.files]
         """Manifest of each prefix; None where a file has none."""
@@ -96,12 +76,13 @@ class TokenFiles:
         """
         digest = hashlib.sha256()
         for file in self.files:
-            raw = file.tokens.view(np.uint8)
-            digest.update(f"{file.tokens.dtype} {len(raw)} {len(file.lengths)}\n".encode())
+            size, item = file.tokens * file.dtype.itemsize, file.dtype.itemsize
+            digest.update(f"{file.dtype} {size} {len(file.lengths)}\n".encode())
             for begin in range(0, len(file.lengths), _PIECE):
                 digest.update(file.lengths[begin : begin + _PIECE].astype("<i8").tobytes())
-            for begin in np.linspace(0, max(len(raw) - _BLOCK_BYTES, 0), _SAMPLED_BLOCKS).astype(np.int64):
-                digest.update(raw[begin : begin + _BLOCK_BYTES].tobytes())
+            block = min(_BLOCK_BYTES // item, file.tokens)
+            for begin in np.linspace(0, file.tokens - block, _SAMPLED_BLOCKS).astype(np.int64).tolist():
+                digest.update(file.read(begin, block).tobytes())
         return digest.hexdigest()
 
     def read(self, document: int, offset: int = 0, count: int | None = None) -> NDArray[np.int64]:
@@ -127,12 +108,10 @@ class TokenFiles:
         for index in np.unique(file_of):
             file, chosen = self.files[index], file_of == index
             starts = file.byte_starts[documents[chosen] - self._first[index]]
-            begins[chosen] = starts // file.tokens.itemsize + offsets[chosen]
-        arrays = [file.tokens for file in self.files]
-        # a slice a piece: pieces are long (a row of a long document), so copying outweighs the loop
+            begins[chosen] = starts // file.dtype.itemsize + offsets[chosen]
         pieces = zip(file_of.tolist(), begins.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
         for index, begin, at, end in pieces:
-            result[at:end] = arrays[index][begin : begin + end - at]
+            result[at:end] = self.files[index].read(begin, end - at)
         if self._vocab_size is not None and len(result):
             self._check_vocabulary(result, self._vocab_size, documents, counts)
         return result
@@ -220,33 +199,6 @@ def _megatron_indexed_dataset() -> ModuleType:
         warnings.simplefilter("ignore", DeprecationWarning)
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
-
-
-def _open(prefix: str) -> TokenFile:
-    bin_path, idx_path, manifest_path = token_file_paths(prefix)
-    for path in (bin_path, idx_path):
-        if not path.is_file():
-            raise TokenFileError(
-                f"{path} does not exist; a token file is a .bin and an .idx, made by `dla-prepare tokens`"
-            )
-    index = read_index(idx_path)
-    bin_bytes, described = bin_path.stat().st_size, index.tokens * index.dtype.itemsize
-    if bin_bytes == 0:  # a .bin without a byte cannot be mapped
-        raise (
-            TokenFileError(f"{bin_path} is empty but {idx_path} describes tokens; {REMAKE}")
-            if described
-            else CorpusTooSmallError(f"{bin_path} holds no tokens; prepare it from a text that is not empty")
-        )
-    if bin_bytes != described:
-        raise TokenFileError(
-            f"{bin_path} has {bin_bytes} bytes but {idx_path} describes {described}: truncated or another file's; "
-            f"{REMAKE}"
-        )
-    manifest = read_manifest(manifest_path) if manifest_path.exists() else None
-    if manifest is not None and manifest.tokens != index.tokens:
-        raise TokenFileError(f"{manifest_path} says {manifest.tokens} tokens, {idx_path} {index.tokens}; {REMAKE}")
-    tokens = np.memmap(bin_path, dtype=index.dtype, mode="r").view(np.ndarray)  # slices of a memmap object are slow
-    return TokenFile(prefix, tokens, index.lengths, index.byte_starts, manifest)
 
 
 def _check_manifest(
