@@ -55,10 +55,10 @@ class TokenFile:
             raise CorpusTooSmallError(f"{bin_path} holds no tokens; prepare it from a text that is not empty")
         self.manifest: Manifest | None = read_manifest(manifest_path) if manifest_path.exists() else None
         """None where there is no `.json`."""
-        if self.manifest is not None and self.manifest.tokens != self.tokens:
-            raise TokenFileError(
-                f"{manifest_path} says {self.manifest.tokens} tokens, {idx_path} {self.tokens}; {REMAKE}"
-            )
+        for what, here in (("tokens", self.tokens), ("documents", len(self.lengths))):
+            if self.manifest is not None and getattr(self.manifest, what) != here:
+                there = getattr(self.manifest, what)
+                raise TokenFileError(f"{manifest_path} says {there} {what}, {idx_path} {here}; {REMAKE}")
         self._file = os.open(bin_path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         if hasattr(os, "posix_fadvise"):  # not on macOS
@@ -71,8 +71,6 @@ class TokenFile:
         while len(raw) < size:  # one call may give less, 2 GiB at most
             more = os.pread(self._file, size - len(raw), begin + len(raw))
             if not more:
-                raise TokenFileError(
-                    f"{self.prefix}.bin ends at byte {begin + len(raw)}: cut since it was opened"
-                )
+                raise TokenFileError(f"{self.prefix}.bin ends at byte {begin + len(raw)}: cut since it was opened")
             raw += more
         return np.frombuffer(raw, dtype=self.dtype)
