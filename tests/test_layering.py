@@ -18,7 +18,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"engine", "checkpoint"},
     {"evaluate", "data_prep"},
     {"train", "generate", "export"},
-    {"sweep", "quickstart", "bench", "plan_run"},
+    {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it
