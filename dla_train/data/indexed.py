@@ -50,6 +50,8 @@ class TokenFiles:
         self.document_lengths: NDArray[np.integer] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         """Tokens of each document, [documents] int32 (int64 for documents of several sequences), all at least 1."""
         self._first = np.cumsum([0] + [len(part) for part in parts])
+        for file, begin, end in zip(self.files, self._first, self._first[1:], strict=False):
+            file.lengths = self.document_lengths[begin:end]  # one copy of them
         self.tokens = sum(file.tokens for file in self.files)
         """Number of tokens."""
         self.manifests: list[Manifest | None] = [file.manifest for file in self.files]

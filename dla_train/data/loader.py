@@ -125,7 +125,7 @@ class BatchSource:
         return ahead[step, rank, world, micro_batch_rows].result()
 
     def rows(self, step: int, rank: int, world: int) -> tuple[PackedRows, list[str]]:
-        """A rank's rows of a step, and the source of each; [rows, T + 1] of the phase's context is yet to be cut."""
+        """A rank's rows of a step, of `context_tokens` whatever the phase, and the source of each."""
         before, after = self.blend.ledger(step), self.blend.ledger(step + 1)
         names = [name for name in sorted(after) if after[name] > before.get(name, 0)]
         counts = [after[name] - before.get(name, 0) for name in names]

@@ -18,6 +18,7 @@ from dla_train.data.indexed import TokenFiles
 
 IGNORED_TARGET = -100
 _STRIDE = 64  # documents between two of the offsets a layout keeps
+_PIECE = 1 << 20  # documents looked at in one go, a multiple of the stride
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class EpochLayout:
     def _kept_offsets(self) -> NDArray[np.int64]:
         """First token in the stream of the documents at places 0, 64, 128, ... [ceil(documents / 64)] int64."""
         kept, tokens, count = [], 0, self._files.documents
-        for begin in range(0, count, _STRIDE << 14):
-            place = np.arange(begin, min(begin + (_STRIDE << 14), count))
+        for begin in range(0, count, _PIECE):
+            place = np.arange(begin, min(begin + _PIECE, count))
             ends = tokens + np.cumsum(self._files.document_lengths[self._document(place)], dtype=np.int64)
             kept.append(np.concatenate([[tokens], ends[_STRIDE - 1 : len(ends) - 1 : _STRIDE]]))
             tokens = int(ends[-1])
@@ -134,8 +135,8 @@ def concatenation_report(files: TokenFiles, context_tokens: int) -> PackingRepor
     """Padding and truncation of `concatenate`, in file order: in another, other documents of these numbers are cut."""
     split = shortened = 0
     rows, begin = row_count(files.tokens, context_tokens), 0
-    for at in range(0, files.documents, 1 << 20):
-        lengths = files.document_lengths[at : at + (1 << 20)].astype(np.int64)
+    for at in range(0, files.documents, _PIECE):
+        lengths = files.document_lengths[at : at + _PIECE].astype(np.int64)
         ends = begin + np.cumsum(lengths)
         to_edge = -(ends - lengths) % context_tokens
         to_edge[to_edge == 0] = context_tokens

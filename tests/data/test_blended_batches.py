@@ -12,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dla_train.data import best_fit, index_file, indexed, order
+from dla_train.data import packing as packing_module
 from dla_train.data.batch import Batch
 from dla_train.data.blend import Phase
 from dla_train.data.errors import CorpusTooSmallError, DataError
@@ -260,6 +262,26 @@ def test_a_source_smaller_than_a_batch_is_read_many_times_and_one_without_a_row_
     assert run.ledger(1)[0].epochs == 4
     with pytest.raises(CorpusTooSmallError, match=r"books has 15 tokens = 0 rows .* a source needs 1 row"):
         make(small, (0, {"books": 1}))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_working_in_pieces_changes_nothing(tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large corpora are gone through in pieces of a million documents; here in pieces of 12."""
+    whole = make(make_files(tmp_path), *PHASES[:2], packing=packing)
+    expected = [whole.batch(step, 0, 1, 12) for step in range(12)]
+    reports, state = [source.report() for source in whole.sources.values()], whole.state(12)
+    for module in (packing_module, best_fit, order, index_file, indexed):
+        monkeypatch.setattr(module, "_PIECE", 12)
+    monkeypatch.setattr(packing_module, "_STRIDE", 4)
+    pieces = make(make_files(tmp_path), *PHASES[:2], packing=packing)
+    assert all(same(pieces.batch(step, 0, 1, 12), expected[step]) for step in range(12))
+    assert [source.report() for source in pieces.sources.values()] == reports and pieces.state(12) == state
+
+
+@pytest.mark.gpu
+def test_pinned_batches_are_equal(files: dict[str, TokenFiles]) -> None:
+    pinned, plain = (make(files, *PHASES, pin_memory=pin, loader_workers=2).batch(15, 0, 1, 6) for pin in (True, False))
+    assert same(pinned, plain) and all(batch.tokens.is_pinned() and batch.cu_seqlens.is_pinned() for batch in pinned)
 
 
 GOLDEN = "f17427af54e1ffc832c09bd6034267454ab18c4382db485447123bf5c492147d"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dla_train.data import index_file
 from dla_train.data.errors import DataError, TokenFileError
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.row_source import RowSource
@@ -42,8 +43,9 @@ def damaged(contents: bytes, rng: np.random.Generator) -> bytes:
 
 @pytest.mark.parametrize("suffix", ["idx", "bin", "json"])
 def test_a_damaged_file_is_a_typed_error_or_is_read_as_it_says(
-    write_files: WriteFiles, tmp_path: Path, suffix: str
+    write_files: WriteFiles, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(index_file, "_PIECE", 16)  # as a large index, it is read in several pieces
     rng = np.random.default_rng(5)
     lengths = rng.integers(1, 30, 40)
     good = write_files([rng.integers(0, 900, length).tolist() for length in lengths], "good", vocab_size=1000)
