@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
     parser.add_argument("--documents", type=float, default=25e6, help="documents of the large corpus (default 25e6)")
+    parser.add_argument("--starts", type=int, default=3, help="starts of each kind (default %(default)s)")
     parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)  # prefix, what, context
     options = parser.parse_args(arguments)
     if options.start:
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             "environment": environment() | {"numpy": np.__version__},
             "demand": demand(),
             "reading": reading(Path(folder), options.rounds, tokens=int(min(64e6, options.documents * 20))),
-            "starts": starts(Path(folder), int(options.documents)),
+            "starts": starts(Path(folder), int(options.documents), options.starts),
         }
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -109,17 +110,23 @@ def reading(folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
     return results
 
 
-def starts(folder: Path, documents: int) -> list[dict[str, Any]]:
-    """A process for every start on the large corpus."""
+def starts(folder: Path, documents: int, repeats: int) -> list[dict[str, Any]]:
+    """Starts on the large corpus, kinds in turn, a process for each; seconds by start, memory of the largest."""
     prefix = str(folder / "large")
     tokens = write_corpus(prefix, documents, filled=False)
-    found = []
+    found: list[dict[str, Any]] = []
     for context in CONTEXTS:
         for what in (*PACKINGS, "megatron"):
-            command = [sys.executable, "-m", "dla_train.bench.data", "--start", prefix, what, str(context)]
+            found.append({"what": what, "context": context, "documents": documents, "tokens": tokens, "seconds": []})
+    for _ in range(repeats):
+        for record in found:
+            arguments = [prefix, record["what"], str(record["context"])]
+            command = [sys.executable, "-m", "dla_train.bench.data", "--start", *arguments]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             numbers = json.loads(done.stdout.splitlines()[-1])
-            found.append({"what": what, "context": context, "documents": documents, "tokens": tokens} | numbers)
+            record["seconds"].append(numbers["seconds"])
+            for name in ("peak_bytes", "imported_bytes"):
+                record[name] = max(record.get(name, 0), numbers[name])
     return found
 
 
@@ -248,10 +255,11 @@ def table(results: dict[str, Any]) -> str:
         f"A start on {first['tokens'] / 1e9:.1f}B tokens in {first['documents'] / 1e6:.1f}M documents, up to the first "
         "rows of a rank, after imports; peak memory of the process, imports included.",
         "",
-        "| T | what | seconds | peak MiB | of it imports |",
+        "| T | what | seconds (least to most) | peak MiB | of it imports |",
         "|---|---|---|---|---|",
         *(
-            f"| {r['context']} | {r['what']} | {r['seconds']:.1f} | {r['peak_bytes'] / 2**20:.0f} | "
+            f"| {r['context']} | {r['what']} | {np.median(r['seconds']):.1f} ({min(r['seconds']):.1f} to "
+            f"{max(r['seconds']):.1f}) | {r['peak_bytes'] / 2**20:.0f} | "
             f"{r['imported_bytes'] / 2**20:.0f} |"
             for r in results["starts"]
         ),

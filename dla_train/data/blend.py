@@ -98,17 +98,16 @@ class Blend:
                 rows[name] += count - before[name]
         return rows
 
-    def timeline(self, begin: int, end: int) -> list[dict[str, object]]:
-        """What decided the steps from `begin` to `end`, as plain values: equal if and only if the dealing was."""
+    def timeline(self, step: int) -> list[dict[str, object]]:
+        """What decided the steps before `step`, as plain values: equal if and only if the dealing was."""
         return [
             {
-                "start_step": max(phase.start_step, begin),
-                "counted_from_step": phase.start_step,
+                "start_step": phase.start_step,
                 "context_tokens": phase.context_tokens,
                 "weights": _normalised(phase.weights),
             }
-            for index, phase in enumerate(self.phases)
-            if max(phase.start_step, begin) < min(self._end(index, end), end)
+            for phase in self.phases
+            if phase.start_step < step
         ]
 
     def _end(self, index: int, last: int) -> int:

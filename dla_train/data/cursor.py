@@ -35,7 +35,7 @@ def differences(state: DataState, constants: dict[str, Any], blend: Blend, sourc
                 "resume with the same one, or start a new run"
             )
     step = state["tokens"] // (constants["context_tokens"] * constants["global_batch_rows"])
-    found = _changed_phases(state["timeline"], blend.timeline(state["since_step"], step), blend.rows_per_step)
+    found = _changed_phases(state["timeline"], blend.timeline(step), blend.rows_per_step)
     for name, stored in state["sources"].items():
         if name in sources and stored["rows"] and stored["files"] != sources[name].files.fingerprint:
             found.append(

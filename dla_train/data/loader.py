@@ -70,7 +70,6 @@ class BatchSource:
         self.context_tokens, self.global_batch_rows, self.seed = context_tokens, global_batch_rows, seed
         self.blend = Blend(phases, global_batch_rows)
         self._packing, self._pin_memory, self._allow_changed = packing, pin_memory, allow_changed
-        self._since_step = 0
         self._changes: list[dict[str, object]] = []
         self._gone: dict[str, object] = {}  # sources that were read and are no longer named
         self._workers = loader_workers
@@ -149,8 +148,7 @@ class BatchSource:
         return {
             "tokens": step * self.tokens_per_step,
             **self._constants(),
-            "since_step": self._since_step,
-            "timeline": self.blend.timeline(self._since_step, step),
+            "timeline": self.blend.timeline(step),
             "sources": sources | self._gone,
             "changes": self._changes,
         }
@@ -167,9 +165,8 @@ class BatchSource:
                 "past phases (later ones may change), or say data.allow_changed=true to go on with these"
             )
         step = int(state["tokens"]) // self.tokens_per_step
-        self._changes, self._since_step = list(state["changes"]), state["since_step"]
+        self._changes = list(state["changes"])
         if found:
-            self._since_step = step
             self._changes.append({"tokens": state["tokens"], "changed": found})
             logger.warning("data.allow_changed: going on after step %d with changed data: %s", step, "; ".join(found))
         stored = state["sources"]

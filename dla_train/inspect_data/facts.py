@@ -87,7 +87,7 @@ def blend_facts(config: Config, batches: BatchSource, at_tokens: list[int]) -> d
             name: asdict(source.report()) | {"rows_per_epoch": source.rows_per_epoch}
             for name, source in sorted(batches.sources.items())
         },
-        "phases": blend.timeline(0, config.train.steps),
+        "phases": blend.timeline(config.train.steps),
         "ledger": {
             step * step_tokens: {entry.name: asdict(entry) for entry in batches.ledger(step)}
             for step in sorted(steps | {config.train.steps})

@@ -44,7 +44,7 @@ def test_weights_are_exact_however_long_the_run() -> None:
 
 def test_the_order_in_which_sources_are_written_does_not_matter() -> None:
     one, other = ({name: Fraction(ord(name)) for name in names} for names in ("abcde", "edcba"))
-    assert Dealer(one).counts(12345) == Dealer(other).counts(12345)
+    assert all(Dealer(one).counts(rows) == Dealer(other).counts(rows) for rows in range(100))
 
 
 def blend(*phases: tuple[int, dict[str, int]], rows: int = 10, start: Start | None = None) -> Blend:
@@ -91,8 +91,7 @@ def test_the_ledger_of_a_distant_step_needs_no_replay() -> None:
 def test_timelines_are_equal_exactly_where_the_dealing_is() -> None:
     base = blend((0, {"a": 1, "b": 1}), (5, {"a": 3, "b": 1}))
     same = blend((0, {"a": 2, "b": 2, "c": 0}), (5, {"a": 6, "b": 2}), (9, {"a": 1}))
-    assert base.timeline(0, 9) == same.timeline(0, 9) and base.timeline(0, 10) != same.timeline(0, 10)
-    assert base.timeline(0, 5) == blend((0, {"a": 1, "b": 1})).timeline(0, 5)
-    assert base.timeline(5, 9) == blend((0, {"a": 9}), (5, {"a": 3, "b": 1})).timeline(5, 9)
-    assert base.timeline(0, 0) == [] and len(base.timeline(2, 5)) == 1
-    assert base.timeline(0, 6) != blend((0, {"a": 1, "b": 1}), (4, {"a": 3, "b": 1})).timeline(0, 6)
+    assert base.timeline(9) == same.timeline(9) and base.timeline(10) != same.timeline(10)
+    assert base.timeline(5) == blend((0, {"a": 1, "b": 1})).timeline(5) and base.timeline(0) == []
+    assert base.timeline(6) != blend((0, {"a": 1, "b": 1}), (4, {"a": 3, "b": 1})).timeline(6)
+    assert base.timeline(6) != blend((0, {"a": 1, "b": 1}), (5, {"a": 3, "b": 2})).timeline(6)
