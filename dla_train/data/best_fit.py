@@ -104,7 +104,7 @@ class BestFit:
     """The packing of a corpus into rows of `context_tokens`, the same in every epoch; `epoch` gives its documents."""
 
     def __init__(self, files: TokenFiles, context_tokens: int) -> None:
-        self._files, self._context = files, context_tokens
+        self._files, self.context_tokens = files, context_tokens
         histogram, long_documents, full_rows = np.zeros(context_tokens, np.int64), [], []
         for begin in range(0, files.documents, _PIECE):
             whole, rest = np.divmod(files.document_lengths[begin : begin + _PIECE], context_tokens)
@@ -127,22 +127,22 @@ class BestFit:
     def report(self) -> PackingReport:
         """Padding and truncation."""
         lengths = self._files.document_lengths[self._long].astype(np.int64)
-        split = lengths > self._context
+        split = lengths > self.context_tokens
         return PackingReport(
             rows=self.rows,
             tokens=self._files.tokens,
-            padding_tokens=self.rows * self._context - self._files.tokens,
+            padding_tokens=self.rows * self.context_tokens - self._files.tokens,
             documents=self._files.documents,
             split_documents=int(split.sum()),
-            shortened_tokens=int((lengths[split] - self._context).sum()),
+            shortened_tokens=int((lengths[split] - self.context_tokens).sum()),
         )
 
     def epoch(self, seed: int, epoch: int) -> BestFitLayout:
         """The rows of one epoch: documents of equal length change places with each other."""
         rests = np.empty(self._files.documents, dtype=np.uint32)
         for begin in range(0, len(rests), _PIECE):
-            rests[begin : begin + _PIECE] = self._files.document_lengths[begin : begin + _PIECE] % self._context
-        return BestFitLayout(self, grouped_order(rests, seed, epoch))
+            rests[begin : begin + _PIECE] = self._files.document_lengths[begin : begin + _PIECE] % self.context_tokens
+        return BestFitLayout(self, self._files, grouped_order(rests, seed, epoch))
 
     def pieces(
         self, rows: NDArray[np.int64], by_length: NDArray[np.integer]
@@ -155,12 +155,12 @@ class BestFit:
         at, document, offset, count = self._packed(rows[~full] - self._full_before[-1], by_length)
         index = np.searchsorted(self._full_before, rows[full], side="right") - 1
         long = self._long[index]
-        begin = (rows[full] - self._full_before[index]) * self._context
-        size = np.minimum(self._files.document_lengths[long] - begin, self._context + 1)
+        begin = (rows[full] - self._full_before[index]) * self.context_tokens
+        size = np.minimum(self._files.document_lengths[long] - begin, self.context_tokens + 1)
         at = np.concatenate([np.flatnonzero(full), np.flatnonzero(~full)[at]])
         order = np.argsort(at, kind="stable")
-        parts = ((long, document), (begin, offset), (size, count))
-        return at[order], *(np.concatenate(pair)[order] for pair in parts)  # type: ignore[return-value]
+        documents, offsets = np.concatenate([long, document]), np.concatenate([begin, offset])
+        return at[order], documents[order], offsets[order], np.concatenate([size, count])[order]
 
     def _packed(
         self, rows: NDArray[np.int64], by_length: NDArray[np.integer]
@@ -175,23 +175,12 @@ class BestFit:
         document = by_length[place]
         return row[at], document, self._files.document_lengths[document] - length[at], length[at]
 
-    def gather(
-        self, document: NDArray[np.integer], offset: NDArray[np.int64], count: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Tokens of pieces, one after another."""
-        return self._files.gather(document, offset, count)
-
-    @property
-    def context_tokens(self) -> int:
-        """T."""
-        return self._context
-
 
 class BestFitLayout:
     """One epoch: `by_length` [documents] has the documents sorted by what is left of them beside full rows."""
 
-    def __init__(self, packing: BestFit, by_length: NDArray[np.integer]) -> None:
-        self._packing, self._by_length = packing, by_length
+    def __init__(self, packing: BestFit, files: TokenFiles, by_length: NDArray[np.integer]) -> None:
+        self._packing, self._files, self._by_length = packing, files, by_length
 
     def cut(self, rows: NDArray[np.int64]) -> PackedRows:
         """The rows numbered `rows` [n] (each below `BestFit.rows`)."""
@@ -200,7 +189,7 @@ class BestFitLayout:
         filled = np.bincount(at, weights=count, minlength=len(rows)).astype(np.int64)
         inside = np.arange(width) < filled[:, None]
         tokens = np.full((len(rows), width), PADDING, dtype=np.int64)
-        tokens[inside] = self._packing.gather(document, offset, count)
+        tokens[inside] = self._files.gather(document, offset, count)
         starts = ~inside
         row_first = (np.cumsum(filled) - filled)[at]
         starts[at, np.cumsum(count) - count - row_first] = True
