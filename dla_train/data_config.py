@@ -8,6 +8,7 @@ Nothing here opens a file. Every mistake is a ConfigError that names the key, th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,7 @@ from dla_train.config import Config, ConfigError, DataConfig, PhaseConfig
 
 PLAIN_SOURCE = "train"
 """Name of the one source that a list of prefixes is."""
+_NAME = re.compile(r"[\w.-]+")
 _SOURCE_KEYS = ("name", "prefixes", "weight")
 
 
@@ -125,8 +127,8 @@ def _source(index: int, entry: Any, phased: bool) -> SourceSettings:
             f"{key}.{unknown[0]} is not a setting of a source; its settings are {', '.join(_SOURCE_KEYS)}"
         )
     name, given = entry.get("name"), entry.get("prefixes")
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"{key}.name={name} is no name; give every source a name, for weights and the ledger")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"{key}.name={name} is no name; give every source one of letters, digits, `_`, `.` and `-`")
     prefixes = [given] if isinstance(given, str) else given
     if not isinstance(prefixes, list) or not prefixes or not all(isinstance(p, str) and p for p in prefixes):
         raise ConfigError(f"{key}.prefixes={given} names no files; give one .bin/.idx prefix or a list of them")

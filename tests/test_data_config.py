@@ -71,6 +71,10 @@ BROKEN = {
         ["data.train[0].prefix", "name, prefixes, weight"],
     ),
     "a source without a name": (["data.train=[{prefixes: b, weight: 1}]"], ["data.train[0].name"]),
+    "a name with a slash": (
+        ["data.train=[{name: a/b, prefixes: b, weight: 1}]"],
+        ["data.train[0].name=a/b", "letters"],
+    ),
     "a source without files": (["data.train=[{name: a, prefixes: [], weight: 1}]"], ["data.train[0].prefixes=[]"]),
     "a source without a weight": (["data.train=[{name: a, prefixes: b}]"], ["data.train[0] (a) has no weight"]),
     "a negative weight": (["data.train=[{name: a, prefixes: b, weight: -1}]"], ["data.train[0].weight=-1"]),

@@ -99,7 +99,7 @@ class BatchSource:
     def numbers(self, step: int) -> dict[str, float]:
         """The ledger as metrics: tokens and epochs of every source."""
         return {
-            f"{what}_{entry.name}": value
+            f"{what}/{entry.name}": value
             for entry in self.ledger(step)
             for what, value in (("tokens", entry.tokens), ("epochs", entry.epochs))
         }
@@ -128,10 +128,10 @@ class BatchSource:
         before, after = self.blend.ledger(step), self.blend.ledger(step + 1)
         names = [name for name in sorted(after) if after[name] > before.get(name, 0)]
         counts = [after[name] - before.get(name, 0) for name in names]
-        source_of = np.repeat(np.arange(len(names)), counts)[place_order(self.global_batch_rows, self.seed, step)]
         share = self.global_batch_rows // world
         if len(names) == 1:  # the general case would copy every row once more
             return self.sources[names[0]].read(before.get(names[0], 0) + rank * share, share), names * share
+        source_of = np.repeat(np.arange(len(names)), counts)[place_order(self.global_batch_rows, self.seed, step)]
         own = source_of[rank * share : (rank + 1) * share]
         width = self.context_tokens + 1
         rows = PackedRows(np.empty((share, width), np.int64), np.empty((share, width), np.bool_))

@@ -37,9 +37,9 @@ def test_a_resumed_run_over_phases_equals_one_that_was_not_stopped(
     train(tiny(*blend, PHASES, "train.stop_at_step=1"))
     train(tiny(*blend, PHASES, "train.stop_at_step=5"))
     train(tiny(*blend, ADDED))  # the last phase was added later
-    names = ("loss", "tokens_a", "tokens_b", "epochs_a", "epochs_b")
+    names = ("loss", "tokens/a", "tokens/b", "epochs/a", "epochs/b")
     assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "whole", *names)
-    ledger = {step: (a, b) for step, a, b in numbers_of(tmp_path / "run", "tokens_a", "tokens_b")}
+    ledger = {step: (a, b) for step, a, b in numbers_of(tmp_path / "run", "tokens/a", "tokens/b")}
     assert (ledger[2], ledger[6], ledger[8]) == ((2 * STEP, 0), (5 * STEP, STEP), (5 * STEP, 3 * STEP))
 
 
