@@ -8,6 +8,7 @@ gives its unit and meaning. Choices are strings checked against `CHOICES`, so th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -101,19 +102,38 @@ class MemoryConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """A stretch of the run with its own blend and row length (docs/data.md)."""
+
+    start_tokens: int = MISSING
+    """Tokens of the run before this phase, rounded up to a whole step; 0 in the first."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of rows of each source of data.train, by name, of any sum; one that is absent or 0 gives none. With one
+    source, may be left out."""
+    context_tokens: int | None = None
+    """Tokens in a row of this phase, a divisor of data.context_tokens; None is data.context_tokens."""
+
+
+@dataclass
 class DataConfig:
     """Token files and how rows are cut from them."""
 
     name: str = MISSING
     """Label of the corpus."""
-    train: list[str] = MISSING
-    """Prefixes of Megatron `.bin/.idx` pairs to train on."""
+    train: list[Any] = MISSING
+    """Prefixes of Megatron `.bin/.idx` pairs to train on, or sources `{name, prefixes, weight}` to blend."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Blends that follow one another; empty is one phase of the sources' weights. Past phases cannot be changed."""
+    packing: str = "concatenate"
+    """`concatenate` cuts the stream of documents into rows; `best_fit` keeps documents whole and pads."""
     validation: list[str] = field(default_factory=list)
     """Prefixes of held-out pairs; empty turns validation off."""
     tokenizer: str = MISSING
     """sentencepiece `.model` file or a Hugging Face tokenizer folder; must match the files' manifest."""
     context_tokens: int = MISSING
-    """T: tokens in a row."""
+    """T: tokens in a row; with phases, in a row of the longest."""
+    allow_changed: bool = False
+    """Resume although files or past phases are not those of the checkpoint; the change is logged and recorded."""
     loader_workers: int = 0
     """Threads that read ahead; any number gives the same batches."""
 
@@ -295,6 +315,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.routing": ("qk", "projected"),
     "memory.gate": ("soft", "hard", "straight_through"),
     "memory.backend": ("auto", "triton", "torch", "recurrent"),
+    "data.packing": ("concatenate", "best_fit"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "train.dtype": ("float32", "bfloat16"),
     "train.device": ("auto", "cpu", "cuda"),

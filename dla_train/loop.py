@@ -125,15 +125,16 @@ class Loop:
                 loss, partition_loss = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
             if due:
                 numbers = {"loss": loss, "lr": lr, "grad_norm": taken.grad_norm}
+                numbers |= self.sources.train.numbers(data_position(step, self.rewinds))
                 self.log.training(step, numbers | ({"z_loss": partition_loss} if config.optim.z_loss else {}))
         return _Step(loss, taken.grad_norm, taken.applied, batches)
 
     def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         device = self.mesh.device
-        tokens, cu_seqlens = batch.tokens.to(device), batch.cu_seqlens.to(device)
+        tokens, cu_seqlens = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.cu_seqlens))
         output = self.engine.module(tokens, cu_seqlens, gate_temperature=temperature)
         loss = self.engine.module.token_loss
-        nats, partition, _ = loss(output.logits, batch.targets.to(device), self.config.optim.z_loss)
+        nats, partition, _ = loss(output.logits, batch.targets.to(device, non_blocking=True), self.config.optim.z_loss)
         return nats, partition
 
     def _loss(self, batch: Batch, temperature: float) -> Tensor:

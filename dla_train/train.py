@@ -103,6 +103,7 @@ def train(config: Config) -> TrainResult:
             global_batch_rows=config.train.global_batch_rows,
             seed=config.seed,
             vocab_size=config.model.vocab_size,
+            pin_memory=mesh.device.type == "cuda",
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         with hold_run_directory(config, identity, mesh) as lock:
