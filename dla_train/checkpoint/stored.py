@@ -69,8 +69,6 @@ class StoredCheckpoint:
         for key in ("data", "config", "versions"):
             if not isinstance(state.get(key), dict):
                 raise DamagedError(f"{path} lacks {key}")
-        if not all(is_count(value) or isinstance(value, str) for value in state["data"].values()):
-            raise DamagedError(f"{path}: data holds more than counts and names")
         return state
 
     def tensors(self, *kinds: str) -> StoredTensors:

@@ -20,21 +20,29 @@ logger = logging.getLogger(__name__)
 
 DataState = dict[str, Any]
 """Cursor as plain values for JSON."""
+_PHASE_KEYS = {"start_step", "weights", "context_tokens"}
 CONSTANTS = ("context_tokens", "global_batch_rows", "seed", "packing")
 """What no run may change: rows and their order are counted in it."""
 
 
 def differences(state: DataState, constants: dict[str, Any], blend: Blend, sources: dict[str, RowSource]) -> list[str]:
     """Sentences about what contradicts the past of `state`, other than the constants. Raises DataError for those."""
-    if "timeline" not in state:
-        raise DataError("the checkpoint's data cursor is of an earlier version; start a new run from its weights")
+    if not _is_cursor(state):
+        mend = "start a new run from its weights"
+        raise DataError(f"the checkpoint's data cursor is of an earlier version, or was changed by hand; {mend}")
     for key in CONSTANTS:
         if state.get(key) != constants[key]:
             raise DataError(
                 f"the checkpoint was trained on data with {key}={state.get(key)}, this run has {constants[key]}; "
                 "resume with the same one, or start a new run"
             )
-    step = state["tokens"] // (constants["context_tokens"] * constants["global_batch_rows"])
+    tokens, per_step = state.get("tokens"), constants["context_tokens"] * constants["global_batch_rows"]
+    if not isinstance(tokens, int) or tokens < 0 or tokens % per_step:
+        raise DataError(
+            f"the checkpoint's data cursor, tokens={tokens}, is no multiple of the {per_step} of one step; resume from "
+            "another checkpoint"
+        )
+    step = tokens // per_step
     found = _changed_phases(state["timeline"], blend.timeline(step), blend.rows_per_step)
     for name, stored in state["sources"].items():
         if name in sources and stored["rows"] and stored["files"] != sources[name].files.fingerprint:
@@ -71,3 +79,21 @@ def _described(phase: dict[str, Any] | None) -> str:
         return "not there"
     weights = ", ".join(f"{name} {weight}" for name, weight in phase["weights"].items())
     return f"from step {phase['start_step']} with weights {weights} and context_tokens={phase['context_tokens']}"
+
+
+def _is_cursor(state: DataState) -> bool:
+    """Whether plain values from a file have the form of a cursor, however deep."""
+    timeline, sources = state.get("timeline"), state.get("sources")
+    return (
+        isinstance(state.get("changes"), list)
+        and isinstance(timeline, list)
+        and all(isinstance(phase, dict) and phase.keys() >= _PHASE_KEYS for phase in timeline)
+        and all(isinstance(phase["weights"], dict) for phase in timeline)
+        and isinstance(sources, dict)
+        and all(isinstance(entry, dict) and isinstance(entry.get("files"), str) for entry in sources.values())
+        and all(_is_count(entry.get(key)) for entry in sources.values() for key in ("rows", "epoch", "row"))
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

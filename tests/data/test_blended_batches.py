@@ -112,6 +112,8 @@ def test_working_in_pieces_changes_nothing(tmp_path: Path, packing: str, monkeyp
 
 @pytest.mark.gpu
 def test_pinned_batches_are_equal(files: dict[str, TokenFiles]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     pinned, plain = (make(files, *PHASES, pin_memory=pin, loader_workers=2).batch(15, 0, 1, 6) for pin in (True, False))
     assert same(pinned, plain) and all(batch.tokens.is_pinned() and batch.cu_seqlens.is_pinned() for batch in pinned)
 
