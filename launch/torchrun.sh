@@ -5,6 +5,10 @@
 #
 # One machine: RANKS sets the processes (default: one per GPU, one without).
 # Several: start it on each with NODES=n, NODE_RANK=0..n-1, MASTER=host:port (of node 0); run_dir must be shared.
+# RESTARTS=n starts all processes again, up to n times, when one has died or hung; they go on from the last checkpoint.
+#
+# SIGTERM, SIGINT and SIGUSR1 reach every process: the run is saved after its step and ends, status.json says "stopped".
+# torchrun would kill its processes after 30 s; SAVE_SECONDS (default 300) is what a step and a checkpoint may take here.
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -15,4 +19,6 @@ if [[ ${NODES:-1} -gt 1 ]]; then
 else
     rendezvous=(--standalone)
 fi
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$ranks" -m dla_train.train "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-300}
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dla_train.train "$@"
