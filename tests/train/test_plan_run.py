@@ -25,7 +25,8 @@ def test_traffic_of_data_ranks_counts_sums_gathers_and_micro_batches() -> None:
     weights = planned(config, world_size=8).parameters
     sent = {stage: planned(config, world_size=8, zero_stage=stage).traffic for stage in range(4)}
     volume = 7 / 8 * 4 * weights  # float32, over a ring of 8
-    for stage, times in {0: 2, 1: 2, 2: 32 + 1, 3: 3 * 32}.items():  # 256 rows are 32 micro-batches of a row
+    # 256 rows are 32 micro-batches of a row; sums that every rank gets count twice
+    for stage, times in {0: 2, 1: 2 + 1, 2: 2 * 32 + 1, 3: 3 * 32}.items():
         traffic = sent[stage]
         assert traffic is not None
         assert traffic.data == pytest.approx(times * volume, rel=1e-6)
@@ -60,13 +61,10 @@ BROKEN = [
     ({"world_size": 3}, "train.global_batch_rows=256 is not a multiple of .* 3 data-parallel ranks; choose 255 or 258"),
     ({"world_size": 512}, "train.global_batch_rows=256 .* parallel.tensor x parallel.context = 2"),
     ({"sequence": True}, "parallel.sequence=True .*; set parallel.sequence=false"),
-    ({"engine": "local", "zero_stage": 2}, "engine.zero_stage=2 needs DeepSpeed; set engine.zero_stage=0"),
+    ({"engine": "local", "zero_stage": 2}, "engine.zero_stage=2 needs DeepSpeed, .*; set engine.zero_stage=0"),
     ({"zero_stage": 4}, "engine.zero_stage=4 is not a stage of ZeRO; choose 0, 1, 2 or 3"),
-    (
-        {"weights": "bfloat16", "zero_stage": 0, "tensor": 2, "world_size": 2},
-        "engine.zero_stage=0 with bfloat16 weights .*; choose engine.zero_stage 1, 2 or 3",
-    ),
-    ({"weights": "bfloat16", "engine": "local", "zero_stage": 0}, "engine.weights=bfloat16 needs .*; use deepspeed"),
+    ({"weights": "bfloat16", "zero_stage": 0}, "engine.weights=bfloat16 needs .*; set engine=deepspeed and .*=1, 2 or"),
+    ({"offload": True, "engine": "local", "zero_stage": 0}, "engine.offload_optimizer=True needs .*; set engine=deep"),
 ]
 
 
@@ -157,7 +155,7 @@ def test_the_best_plan_is_the_quickest_of_those_that_fit_with_a_margin() -> None
     plans = [plan(config, layout, Target()) for layout in layouts(config, 8)]
     legal = [found for found in plans if found.legal]
     fitting = [found for found in legal if found.memory is not None and 1.1 * found.memory.total <= 80e9]
-    assert 5 < len(fitting) < len(legal) < len(plans)
+    assert 5 < len(fitting) < len(legal) <= len(plans)
     quickest = min(map(rough_seconds, fitting))
     assert rough_seconds(best_plan(config, 8, Target())) == quickest
     assert rough_seconds(best_plan(config, 8, Target(device_gb=25))) > quickest
