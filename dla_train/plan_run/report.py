@@ -42,7 +42,7 @@ def table_markdown(plans: Sequence[Plan]) -> str:
         + ["one layer again", "workspace", "logits and loss", "in the step", "most at once"],
         *(_kinds_row(plan) for plan in plans if plan.memory is not None),
     ]
-    return f"{_markdown(chosen)}\n\nMemory of a rank, GB:\n\n{_markdown(kinds)}\n"
+    return f"{markdown(chosen)}\n\nMemory of a rank, GB:\n\n{markdown(kinds)}\n"
 
 
 def described(layout: Layout) -> str:
@@ -170,6 +170,7 @@ def _thousands(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its first row the headings."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

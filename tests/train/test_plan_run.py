@@ -11,8 +11,9 @@ import torch
 from dla_train.config import Config
 from dla_train.hydra_app import compose
 from dla_train.plan_run import Layout, Plan, Target, plan, report, table_markdown
+from dla_train.plan_run.choice import best_plan, layouts, rough_seconds
 from dla_train.plan_run.command import run
-from dla_train.plan_run.worked import best_plan, layouts, rough_seconds
+from dla_train.plan_run.reach import EXPERIMENT, SIZES, comfortable, largest_that_fit, reach_plans, scaled
 
 
 def planned(config: Config, target: Target | None = None, **layout: object) -> Plan:
@@ -178,3 +179,22 @@ def test_the_worked_table_marks_what_does_not_fit() -> None:
     rows = [line for line in table.splitlines() if line.startswith("| paper")]
     assert len(rows) == 4 and "does not fit" not in rows[0] and "does not fit**" in rows[1]
     assert len({line.count("|") for line in table.splitlines()[:4]}) == 1
+
+
+def test_larger_models_move_the_optimizer_to_the_host_only_where_nothing_fits_without() -> None:
+    plans = reach_plans(Target())
+    assert len(plans) == len(SIZES) * 3 and all(found.legal for found in plans)
+    for found in plans:
+        without = found if not found.layout.offload else best_plan(scaled_to(found), found.layout.world_size, Target())
+        assert comfortable(without) != found.layout.offload
+    assert {found.layout.offload for found in plans} == {False, True}
+    sizes = [found.parameters / 1e9 for found in plans[::3]]
+    assert sizes == pytest.approx([7, 13, 30, 70, 180], rel=0.05)
+    fits = [found for found in plans if found.layout.world_size == 8 and comfortable(found)]
+    largest = max(found.parameters for found in fits if not found.layout.offload)
+    assert f"{largest / 1e9:.0f}B on 8," in largest_that_fit(plans)
+
+
+def scaled_to(found: Plan) -> Config:
+    size = found.name.partition(",")[0]
+    return scaled(compose([f"experiment={EXPERIMENT}"]), size, *SIZES[size])
