@@ -29,7 +29,8 @@ CONTEXTS = (16384, 131072)
 PAGE = """# Layouts of the paper's models
 
 Made by `dla-plan layouts=docs/results/layouts.md` from formulas, without a device; [layouts.json](layouts.json) holds
-the numbers. For each run, of all legal layouts with at most 8 ranks a model, in float32 or bfloat16 weights, the one that fits {device_gb:g} GB with a tenth to spare and is quickest by a rough count: arithmetic at {mfu:.0%} of
+the numbers. For each run, of all legal layouts with at most 8 ranks a model, in float32 or bfloat16 weights, the one
+that fits {device_gb:g} GB with a tenth to spare and is quickest by a rough count: arithmetic at {mfu:.0%} of
 {peak_tflops:g} TFLOP/s, a third more with recomputation, then what is sent at 450 GB/s within a node and 50 GB/s
 between nodes. **The count adds the two**, though the engines sum gradients while backward runs. **Bold** where none
 fits, with the one that misses by least. Tokens/s and days are what {mfu:.0%} MFU would give: an assumption, not a

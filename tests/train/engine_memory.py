@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dla_train.engine import Engine, LocalEngine, build_engine, gradients, zero_settings
+from dla_train.engine.zero_settings import import_deepspeed
 from dla_train.models import LanguageModel
 from dla_train.models.build import meta_model
 from dla_train.parallel.axes import Axes
@@ -37,8 +38,10 @@ def engine_states(axes: Axes, overrides: str, unbucketed: int = 0) -> dict[str, 
     gradients that DeepSpeed sums at once where it has no bucket size of ours; 0 leaves its own.
     """
     set_sizes()
+    import_deepspeed()
+    gc.collect()
+    gc.freeze()  # modules stay, so the collections below need not look at them
     config = configuration(overrides)
-    found: dict[str, float] = {}
     with Mesh.start(config) as mesh, warnings.catch_warnings(), LiveBytes() as live:
         warnings.simplefilter("ignore")  # DeepSpeed's own, of names that torch has deprecated
         model = meta_model(config, mesh.axes).train()
@@ -46,30 +49,41 @@ def engine_states(axes: Axes, overrides: str, unbucketed: int = 0) -> dict[str, 
         if unbucketed:
             sums = engine.module.allreduce_gradients
             engine.module.allreduce_gradients = functools.partial(sums, bucket_size=unbucketed)
-        micro_batches = config.train.global_batch_rows // config.train.micro_batch_rows // mesh.axes.data.size
         tokens = torch.zeros(config.train.micro_batch_rows, config.data.context_tokens, dtype=torch.int64)
-        for _ in range(2):
-            with SentBytes() as sent:
-                for index in range(micro_batches):
-                    nats, _, _ = model.token_loss(engine.module(tokens).logits, tokens)
-                    gc.collect()  # DeepSpeed leaves cycles, whose end would otherwise be anybody's guess
-                    live.most = live.now
-                    engine.backward(nats, last=index == micro_batches - 1)
-                    del nats
-                    gc.collect()
-                    found |= {"backward": live.most} | ({"between": live.now} if not index else {})
-                live.most = live.now
-                engine.step(1e-3)
-                found["step"] = live.most
-        context = mesh.axes.context.group.group_name if mesh.axes.context.group else ""
-        found |= dict.fromkeys(("context", "data"), 0.0)
-        for each in sent.found:
-            found["context" if each.group == context else "data"] += each.bytes
+        micro_batches = config.train.global_batch_rows // config.train.micro_batch_rows // mesh.axes.data.size
+        _step(engine, model, tokens, micro_batches)
+        with SentBytes() as sent:
+            found = _step(engine, model, tokens, micro_batches, live)
+        found["context"] = sent.over(mesh.axes.context.group)
+        found["data"] = sum(each.bytes for each in sent.found) - found["context"]
         found["weights"] = bytes_of(stored(model))
         found["optimizer"] = bytes_of(optimizer_tensors(engine), stored(model))
         if not isinstance(engine, LocalEngine):
             found |= own_sizes(engine)
     return {key: float(value) for key, value in found.items()}
+
+
+def _step(
+    engine: Engine, model: LanguageModel, tokens: Tensor, micro_batches: int, live: LiveBytes | None = None
+) -> dict[str, float]:
+    """A step; with `live`, the most held in its last backward pass, after its first one, and in the step proper.
+
+    DeepSpeed leaves cycles, whose end would be anybody's guess if they were not collected before every look.
+    """
+    found: dict[str, float] = {}
+    for index in range(micro_batches):
+        nats, _, _ = model.token_loss(engine.module(tokens).logits, tokens)
+        if live is not None:
+            gc.collect()
+            live.most = live.now
+        engine.backward(nats, last=index == micro_batches - 1)
+        del nats
+        if live is not None:
+            gc.collect()
+            found |= {"backward": live.most} | ({"between": live.now} if not index else {})
+            live.most = live.now
+    engine.step(1e-3)
+    return found if live is None else found | {"step": live.most}
 
 
 def own_sizes(engine: Engine) -> dict[str, float]:
