@@ -11,7 +11,7 @@ import itertools
 
 from dla_train.config import Config
 from dla_train.hydra_app import compose
-from dla_train.plan_run.choice import MARGIN, arithmetic_seconds, best_plan, sending_seconds
+from dla_train.plan_run.choice import arithmetic_seconds, best_plan, comfortable, sending_seconds
 from dla_train.plan_run.plan import Plan
 from dla_train.plan_run.report import GB, described, markdown
 from dla_train.plan_run.target import Target
@@ -48,11 +48,6 @@ def scaled(config: Config, name: str, width: int, layers: int) -> Config:
         mlp_width=round(model.mlp_width * growth),
     )
     return dataclasses.replace(config, name=f"{name}, DLA", model=model)
-
-
-def comfortable(plan: Plan) -> bool:
-    """Whether a rank's memory fits with the margin that a choice keeps."""
-    return plan.memory is not None and plan.memory.total * MARGIN <= plan.target.device_gb * GB
 
 
 def largest_that_fit(plans: list[Plan]) -> str:

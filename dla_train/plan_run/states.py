@@ -92,41 +92,39 @@ def _stage1_bfloat16(layout: Layout, weights: Weights) -> States:
 
 def _stage1_or_2(layout: Layout, weights: Weights) -> States:
     """A rank keeps the summed gradients of every tensor that it has a part of; in bfloat16 of its part alone."""
-    size, narrow = weight_bytes(layout), layout.weights == "bfloat16"
-    part = FLOAT_BYTES * _part(layout, weights)
-    own = part if narrow else FLOAT_BYTES * min(weights.all, _part(layout, weights) + weights.largest)
-    several = weights.micro_batches > 1
-    if layout.zero_stage == 1:
-        accumulated = FLOAT_BYTES * weights.all if several or narrow else 0
-        staged = FLOAT_BYTES
-    else:
-        accumulated = own if several and not narrow else 0  # the next micro-batch's sum lies beside the sum so far
-        staged = size
-    optimizer, host, moved = _optimizer(layout, weights), 0, 0
-    if layout.offload:
-        moved = size * weights.largest  # on its way from the device to the host
-        host = optimizer + part + size * _part(layout, weights) + moved
-        host += own if several and layout.zero_stage == 2 and not narrow else 0
-        accumulated = 0 if layout.zero_stage == 2 else accumulated
-        own, optimizer = (own if narrow else 0), 0
-    flat = 0 if narrow else part  # the optimizer gets its gradients in one piece
-    normed = min(weights.largest, _part(layout, weights))  # the norm is taken of double precision copies
-    summed = min(weights.all, max(zero_settings.BUCKET_ELEMENTS, weights.largest))
-    copies = summed * (staged + (FLOAT_BYTES if staged < FLOAT_BYTES else 0))
-    return States(
+    size, narrow, several = weight_bytes(layout), layout.weights == "bfloat16", weights.micro_batches > 1
+    part, largest = _part(layout, weights), weights.largest
+    own = FLOAT_BYTES * (part if narrow else min(weights.all, part + largest))
+    # Stage 1 accumulates whole gradients; at stage 2 the next micro-batch's sum lies beside the sum so far.
+    whole = FLOAT_BYTES * weights.all if layout.zero_stage == 1 and (several or narrow) else 0
+    again = own if layout.zero_stage == 2 and several and not narrow else 0
+    staged = FLOAT_BYTES if layout.zero_stage == 1 else size
+    copied = staged + (FLOAT_BYTES if staged < FLOAT_BYTES else 0)
+    normed = DOUBLE_BYTES * min(largest, part)  # a tensor's norm is taken of a copy in double precision
+    flat = 0 if narrow else FLOAT_BYTES * part  # the optimizer gets its gradients in one piece
+    held = States(
         weights=size * weights.all,
-        gradients=accumulated + own,
-        optimizer=optimizer,
-        buffers=2 * staged * zero_settings.BUCKET_ELEMENTS + copies + moved,
-        step=moved if layout.offload and not narrow else own + moved + max(flat, DOUBLE_BYTES * normed),
-        host=host,
+        gradients=whole + again + own,
+        optimizer=_optimizer(layout, weights),
+        buffers=2 * staged * zero_settings.BUCKET_ELEMENTS + copied * _summed(weights),
+        step=own + max(flat, normed),
+    )
+    if not layout.offload:
+        return held
+    moved = size * largest  # a tensor on its way, on either side
+    return States(
+        weights=held.weights,
+        gradients=whole + (own if narrow else 0),
+        optimizer=0,
+        buffers=held.buffers + moved,
+        step=moved + (held.step if narrow else 0),
+        host=held.optimizer + FLOAT_BYTES * part + again + size * part + moved,
     )
 
 
 def _stage3(layout: Layout, weights: Weights) -> States:
     """Everything is divided; what is in use is gathered."""
     size, part = weight_bytes(layout), _part(layout, weights)
-    summed = min(weights.all, max(zero_settings.BUCKET_ELEMENTS, weights.largest))
     gathered = min(weights.all, max(zero_settings.LIVE_ELEMENTS, weights.largest))
     gradients, optimizer = FLOAT_BYTES * part, _optimizer(layout, weights)
     bucket = FLOAT_BYTES * zero_settings.BUCKET_ELEMENTS
@@ -134,7 +132,7 @@ def _stage3(layout: Layout, weights: Weights) -> States:
         weights=size * part,
         gradients=0 if layout.offload else gradients,
         optimizer=0 if layout.offload else optimizer,
-        buffers=bucket + FLOAT_BYTES * summed + size * gathered,
+        buffers=bucket + FLOAT_BYTES * _summed(weights) + size * gathered,
         step=bucket + (0 if layout.offload else gradients + FLOAT_BYTES * min(part, STEPPED_ELEMENTS)),
         host=optimizer + 2 * gradients if layout.offload else 0,
     )
@@ -143,6 +141,11 @@ def _stage3(layout: Layout, weights: Weights) -> States:
 def _part(layout: Layout, weights: Weights) -> int:
     """Weights of which this rank keeps the optimizer's values."""
     return -(-weights.all // layout.shards)
+
+
+def _summed(weights: Weights) -> int:
+    """Gradients that are copied to be summed at once: a bucket, or a tensor that fits in none."""
+    return min(weights.all, max(zero_settings.BUCKET_ELEMENTS, weights.largest))
 
 
 def _optimizer(layout: Layout, weights: Weights) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dla_train.config import Config
 from dla_train.hydra_app import compose
-from dla_train.plan_run.choice import best_plan
+from dla_train.plan_run.choice import DRAW, best_plan
 from dla_train.plan_run.plan import Plan
 from dla_train.plan_run.reach import largest_that_fit, reach_markdown, reach_plans
 from dla_train.plan_run.report import table_markdown, write_json
@@ -29,18 +29,19 @@ CONTEXTS = (16384, 131072)
 PAGE = """# Layouts of the paper's models
 
 Made by `dla-plan layouts=docs/results/layouts.md` from formulas, without a device; [layouts.json](layouts.json) holds
-the numbers. For each run, of all legal layouts with at most 8 ranks a model, in float32 or bfloat16 weights, the one
-that fits {device_gb:g} GB with a tenth to spare and is quickest by a rough count: arithmetic at {mfu:.0%} of
-{peak_tflops:g} TFLOP/s, a third more with recomputation, then what is sent at 450 GB/s within a node and 50 GB/s
-between nodes. **The count adds the two**, though the engines sum gradients while backward runs. **Bold** where none
-fits, with the one that misses by least. Tokens/s and days are what {mfu:.0%} MFU would give: an assumption, not a
-measurement. `Rows a step` is the paper's batch of 4.2M tokens, or one row a data-parallel rank where those are more.
+the numbers. For each run, of all legal layouts with at most 8 ranks a model, in float32 or bfloat16 weights, those
+that fit {device_gb:g} GB with a tenth to spare are ordered by a rough count: arithmetic at {mfu:.0%} of {peak_tflops:g}
+TFLOP/s, a third more with recomputation, then what is sent at 450 GB/s within a node and 50 GB/s between nodes. **The
+count adds the two**, though the engines sum gradients while backward runs. Of all within {draw:.0%} of the quickest the
+simplest is shown: fewest ranks a model, lowest ZeRO stage, float32 weights. **Bold** where none fits, with the one that
+misses by least. Tokens/s and days are what {mfu:.0%} MFU would give: an assumption, not a measurement. `Rows a step` is
+the paper's batch of 4.2M tokens, or one row a data-parallel rank where those are more.
 
 Activations decide here, not states. Two tensor or context ranks halve them for a few percent of the time, recomputation
-costs a third of it, so the count divides the model first, and recomputes where 128K tokens leave no choice. With two
-tensor ranks float32 weights on the local engine fit; ZeRO with bfloat16 weights is chosen where a rank keeps the whole
-model, or nothing else fits. At 512 ranks, tensor ranks also keep the batch at the paper's 256 rows. Layouts within a
-few percent are a draw: prefer fewer tensor ranks then, whose sums hide behind nothing and make matrix products small.
+costs a third of it, so the count divides the model first, and recomputes where 128K tokens leave no choice. ZeRO is
+chosen where a rank keeps the whole model or nothing else fits, bfloat16 weights where float32 ones do not fit. At 512
+ranks, tensor ranks keep the batch at the paper's 256 rows: two would do, where sums of gradients hide behind backward;
+four, which halve those sums, are what the count prefers because it adds them.
 
 | number | checked against |
 |---|---|
@@ -71,7 +72,8 @@ def write_worked(path: Path, target: Target) -> None:
     """Write the page, and its JSON beside it."""
     plans, larger = worked_plans(target), reach_plans(target)
     write_json([_of_tables(plan) for plan in (*plans, *larger)], path.with_suffix(".json"))
-    page = PAGE.format(device_gb=target.device_gb, mfu=target.mfu, peak_tflops=target.peak_tflops)
+    shown = {"device_gb": target.device_gb, "mfu": target.mfu, "peak_tflops": target.peak_tflops, "draw": DRAW - 1}
+    page = PAGE.format(**shown)
     far = REACH.format(largest=largest_that_fit(larger)) + reach_markdown(larger) + "\n"
     path.write_text(page + table_markdown(plans) + far, encoding="utf-8")
 
