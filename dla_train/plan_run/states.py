@@ -95,10 +95,11 @@ def _stage1_or_2(layout: Layout, weights: Weights) -> States:
     size, narrow, several = weight_bytes(layout), layout.weights == "bfloat16", weights.micro_batches > 1
     part, largest = _part(layout, weights), weights.largest
     own = FLOAT_BYTES * (part if narrow else min(weights.all, part + largest))
-    # Stage 1 accumulates whole gradients; at stage 2 the next micro-batch's sum lies beside the sum so far.
-    whole = FLOAT_BYTES * weights.all if layout.zero_stage == 1 and (several or narrow) else 0
+    # Stage 1 accumulates whole gradients; at stage 2 a micro-batch's sum lies beside that of the earlier ones.
+    whole = FLOAT_BYTES * weights.all if layout.zero_stage == 1 and several else 0
     again = own if layout.zero_stage == 2 and several and not narrow else 0
     staged = FLOAT_BYTES if layout.zero_stage == 1 else size
+    buckets = 2 * staged * zero_settings.BUCKET_ELEMENTS  # one is filled while the other is summed
     copied = staged + (FLOAT_BYTES if staged < FLOAT_BYTES else 0)
     normed = DOUBLE_BYTES * min(largest, part)  # a tensor's norm is taken of a copy in double precision
     flat = 0 if narrow else FLOAT_BYTES * part  # the optimizer gets its gradients in one piece
@@ -106,18 +107,18 @@ def _stage1_or_2(layout: Layout, weights: Weights) -> States:
         weights=size * weights.all,
         gradients=whole + again + own,
         optimizer=_optimizer(layout, weights),
-        buffers=2 * staged * zero_settings.BUCKET_ELEMENTS + copied * _summed(weights),
+        buffers=buckets + copied * _summed(weights),
         step=own + max(flat, normed),
     )
     if not layout.offload:
         return held
-    moved = size * largest  # a tensor on its way, on either side
+    moved = size * largest  # a tensor on its way, on either side; gradients that went there still hold their buckets
     return States(
         weights=held.weights,
         gradients=whole + (own if narrow else 0),
         optimizer=0,
         buffers=held.buffers + moved,
-        step=moved + (held.step if narrow else 0),
+        step=moved + buckets + (held.step if narrow else 0),
         host=held.optimizer + FLOAT_BYTES * part + again + size * part + moved,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dla_train.engine import Engine, LocalEngine, build_engine, gradients, zero_settings
 from dla_train.engine.zero_settings import import_deepspeed
@@ -80,7 +81,9 @@ def _step(
         del nats
         if live is not None:
             gc.collect()
-            found |= {"backward": live.most} | ({"between": live.now} if not index else {})
+            found |= {"backward": live.most}
+            if not index:
+                found |= {"between": live.now, "buckets": bytes_of(bucket_tensors(engine))}
             live.most = live.now
     engine.step(1e-3)
     return found if live is None else found | {"step": live.most}
@@ -89,12 +92,20 @@ def _step(
 def own_sizes(engine: Engine) -> dict[str, float]:
     """Sizes that are DeepSpeed's own, in elements."""
     whole = sys.modules["deepspeed"].runtime.engine.MEMORY_OPT_ALLREDUCE_SIZE
-    return {"unbucketed": whole, "stepped": engine.module.zero_sub_group_size()}
+    live = engine.module.zero_max_live_parameters()
+    return {"unbucketed": whole, "stepped": engine.module.zero_sub_group_size(), "live": live}
 
 
 def stored(model: LanguageModel) -> list[Tensor]:
     """A rank's weights: parameters, or its parts of them at stage 3."""
     return [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
+
+
+def bucket_tensors(engine: Engine) -> list[Tensor]:
+    """Buffers that ZeRO sums gradients through, those of them that are there."""
+    outer = None if isinstance(engine, LocalEngine) else engine.module.optimizer
+    buckets = getattr(outer, "ipg_buckets", {}).values()
+    return [leaf for bucket in buckets for leaf in tree_leaves(bucket.buffer) if isinstance(leaf, Tensor)]
 
 
 def optimizer_tensors(engine: Engine) -> Iterable[Tensor]:

@@ -22,6 +22,8 @@ TWO, ONE = "train.global_batch_rows=4", "train.global_batch_rows=2"
 NARROW = ("engine.weights=bfloat16", "train.dtype=bfloat16")
 OFFLOAD = "engine.offload_optimizer=true"
 UNBUCKETED = 300_000
+IN_FLIGHT = 4 * engine_memory.BUCKET
+"""A copy that gloo's thread may hold for a moment after its sum is there."""
 
 
 def check(*overrides: str, stage: int | None = None, unbucketed: int = 0) -> Check:
@@ -39,6 +41,7 @@ CHECKS = {
     "zero 1, one micro-batch": check(ONE, stage=1),
     "zero 1 offloaded": check(TWO, OFFLOAD, stage=1),
     "zero 1 bfloat16": check(TWO, *NARROW, stage=1),
+    "zero 1 bfloat16 offloaded": check(ONE, *NARROW, OFFLOAD, stage=1),
     "zero 1 bfloat16 in parts": check(TWO, *NARROW, stage=1, unbucketed=UNBUCKETED),
     "zero 2": check(TWO, stage=2),
     "zero 2 offloaded": check(TWO, OFFLOAD, stage=2),
@@ -101,7 +104,20 @@ def test_gradients_are_accumulated_in_as_many_bytes_as_the_plan_says(
     held = found.memory.states
     for real in ranks:
         gradients = float(real["between"]) - float(real["weights"]) - float(real["optimizer"])
-        assert held.gradients == pytest.approx(gradients, rel=0.01)
+        in_flight = IN_FLIGHT if found.layout.zero_stage == 2 else 0
+        assert 0.99 * held.gradients < gradients < 1.01 * held.gradients + in_flight
+
+
+@pytest.mark.parametrize("name", ["zero 1", "zero 3"])
+def test_buffers_are_the_engines_buckets_a_copy_and_what_is_gathered(
+    two_ranks: Outcomes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, ranks = on_two_ranks(two_ranks, name, monkeypatch)
+    assert found.memory is not None
+    for real in ranks:
+        gathered = float(real["live"]) if found.layout.zero_stage == 3 else 0
+        copies = 4 * (engine_memory.BUCKET + gathered)
+        assert found.memory.states.buffers == real["buckets"] + copies > copies
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -114,8 +130,8 @@ def test_the_most_that_an_engine_holds_in_backward_and_in_the_step_is_predicted(
     in_step = held.weights + held.optimizer + held.step + held.host
     for real in ranks:
         most = max(float(real["backward"]), float(real["step"]))
-        assert 0.97 * most < found.memory.total + held.host < 1.15 * most
-        assert 0.99 * float(real["step"]) < in_step < 1.02 * most
+        assert 0.97 * most - IN_FLIGHT < found.memory.total + held.host < 1.15 * most
+        assert 0.99 * float(real["step"]) - IN_FLIGHT < in_step < 1.02 * most
 
 
 @pytest.mark.parametrize("name", CHECKS)
