@@ -199,7 +199,7 @@ def _check_rows(config: Config, layout: Layout) -> Check:
 
 
 def _check_engine(config: Config, layout: Layout) -> Check:
-    place = " on the host" if layout.offload else ""
+    place = ", the optimizer on the host" if layout.offload else ""
     rule = f"engine.zero_stage={layout.zero_stage} with engine.name={layout.engine} and {layout.weights} weights{place}"
     return Check(rule, _problem(check_engine, layout.onto(config)))
 
