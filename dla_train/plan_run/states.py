@@ -67,8 +67,8 @@ def states(layout: Layout, weights: Weights) -> States:
 
 
 def weight_bytes(layout: Layout) -> int:
-    """Of a weight as it is stored. Stage 3 divides the float32 values of initialisation, whatever is asked for."""
-    return 2 if layout.weights == "bfloat16" and layout.zero_stage < 3 else FLOAT_BYTES
+    """Of a weight as it is stored."""
+    return 2 if layout.weights == "bfloat16" else FLOAT_BYTES
 
 
 def _whole(layout: Layout, weights: Weights) -> States:
