@@ -1,4 +1,4 @@
-"""The rules between the settings of a run; `validate` is the only entry.
+"""The rules between the settings of a run; `validate` checks all of them.
 
 Every rule raises a `ConfigError` that names the key and its value, the rule, and the mend. A setting that the chosen
 policy, read form or schedule would ignore must keep its default: a value given on purpose and then not used is an
@@ -33,7 +33,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_context(config)
     _check_schedule(config)
     _check_batch(config, world_size)
-    _check_engine(config)
+    check_engine(config)
     _check_loop(config)
     _check_checkpoints(config.checkpoint)
     check_data(config)
@@ -307,7 +307,8 @@ def _check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def _check_engine(config: Config) -> None:
+def check_engine(config: Config) -> None:
+    """What an engine can do; raises ConfigError at the first rule broken."""
     engine = config.engine
     if engine.zero_stage > 3:
         _reject("engine.zero_stage", engine.zero_stage, "is not a stage of ZeRO", "choose 0, 1, 2 or 3")

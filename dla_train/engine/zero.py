@@ -125,9 +125,15 @@ class DeepSpeedEngine:
             return None
         group = self._axes.batch.process_group() if mpu is not None else None
         dtype = torch.bfloat16 if "bf16" in self._settings else torch.float32
-        return lambda part: deepspeed.zero.Init(
-            module=part, data_parallel_group=group, config_dict_or_path=self._settings, dtype=dtype, mpu=mpu
-        )
+
+        def divide(part: nn.Module) -> None:
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(dtype)  # DeepSpeed converts only what is made under its own Init
+            deepspeed.zero.Init(
+                module=part, data_parallel_group=group, config_dict_or_path=self._settings, dtype=dtype, mpu=mpu
+            )
+
+        return divide
 
     def _export_parts(self) -> Iterator[tuple[str, Tensor]]:
         """This tensor rank's part of every tensor."""

@@ -2,7 +2,8 @@
 
 `plan(config, layout, target)` says whether the layout is legal, and predicts parameters, FLOPs, memory by kind, bytes
 communicated by axis and speed; `command.py` is the program `dla-plan`. No process group, device or weight is made.
-Memory formulas follow what this code's autograd keeps, tensor by tensor; tests/train/test_plan_run.py measures it.
+Memory formulas follow what this code's autograd keeps and what its engines hold; tests/train/test_plan_memory.py and
+test_plan_engines.py measure both.
 """
 
 from dla_train.plan_run.layout import Check, Layout

@@ -1,7 +1,8 @@
 """Memory of one rank by kind, and how much of it is held at once.
 
-Two moments compete for the peak: the loss, when everything that forward keeps is alive beside the logits; and the
-backward pass of a layer, when its recomputed activations and the workspace of mixing are. The total counts the larger.
+Three moments compete for the peak: the loss, when everything that forward keeps is alive beside the logits; the
+backward pass of a layer, when its recomputed activations and the workspace of mixing are; and the optimizer's step,
+when no activations are left but the engine may hold gradients twice. The total counts the largest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dla_train.models.cost import cache_bytes
 from dla_train.plan_run.activations import kept_by_head, kept_by_layer, loss_bytes, plans_bytes, workspace_bytes
 from dla_train.plan_run.layout import Layout
 from dla_train.plan_run.shape import Kept, LayerShape
-from dla_train.plan_run.states import States, states
+from dla_train.plan_run.states import States, Weights, states
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Budget:
     def total(self) -> int:
         """Most that is held at once."""
         s = self.states
-        always = s.weights + s.gradients + s.optimizer + s.buffers + self.activations + self.plans
-        return always + max(self.loss, self.recomputed + self.workspace)
+        backward = s.gradients + s.buffers + self.activations + self.plans
+        backward += max(self.loss, self.recomputed + self.workspace)
+        return s.weights + s.optimizer + max(backward, s.step)
 
 
-def budget(layout: Layout, shape: LayerShape, weights: int, z_loss: bool) -> Budget:
-    """Of a rank with `weights` weights."""
+def budget(layout: Layout, shape: LayerShape, weights: Weights, z_loss: bool) -> Budget:
+    """Of a rank with these weights."""
     layers = shape.model.num_layers
     layer = kept_by_layer(shape)
     head = sum(part.bytes for part in kept_by_head(shape))

@@ -7,10 +7,12 @@ reported side by side, because a person who chooses one wants to see them togeth
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from dla_train.config import Config, ConfigError
-from dla_train.config_rules import validate
+from dla_train.config_rules import check_engine, validate
 from dla_train.parallel.vocab import padded_vocab
 
 
@@ -34,8 +36,10 @@ class Layout:
     """Whether blocks are computed again in backward."""
     micro_batch_rows: int
     """Rows of a micro-batch."""
-    weights: str = "float32"
-    """Type of the weights a forward pass reads; `bfloat16` keeps a float32 master copy with the optimizer states."""
+    weights: str
+    """Type that weights are stored in; `bfloat16` leaves float32 values to the optimizer."""
+    offload: bool
+    """Whether the optimizer's values and moments are in the host's memory."""
 
     @classmethod
     def of(cls, config: Config, world_size: int = 0) -> Layout:
@@ -50,7 +54,8 @@ class Layout:
             zero_stage=config.engine.zero_stage,
             recompute=config.train.recompute,
             micro_batch_rows=config.train.micro_batch_rows,
-            weights=getattr(config.engine, "weights", "float32"),
+            weights=config.engine.weights,
+            offload=config.engine.offload_optimizer,
         )
 
     def onto(self, config: Config) -> Config:
@@ -58,7 +63,13 @@ class Layout:
         parallel = dataclasses.replace(
             config.parallel, tensor=self.tensor, context=self.context, sequence=self.sequence
         )
-        engine = dataclasses.replace(config.engine, name=self.engine, zero_stage=self.zero_stage)
+        engine = dataclasses.replace(
+            config.engine,
+            name=self.engine,
+            zero_stage=self.zero_stage,
+            weights=self.weights,
+            offload_optimizer=self.offload,
+        )
         train = dataclasses.replace(config.train, recompute=self.recompute, micro_batch_rows=self.micro_batch_rows)
         return dataclasses.replace(config, parallel=parallel, engine=engine, train=train)
 
@@ -97,7 +108,7 @@ def checks(config: Config, layout: Layout) -> list[Check]:
         *_check_context(config, layout),
         _check_time(config, layout),
         _check_rows(config, layout),
-        _check_states(layout),
+        _check_engine(config, layout),
         _check_backend(config),
     ]
     known = {check.problem.split(" ")[0] for check in found}
@@ -187,22 +198,10 @@ def _check_rows(config: Config, layout: Layout) -> Check:
     return Check(rule, f"train.global_batch_rows={rows} {what}; {mend}", of_sizes=False)
 
 
-def _check_states(layout: Layout) -> Check:
-    stage = layout.zero_stage
-    rule = f"engine.zero_stage={stage} with engine.name={layout.engine} and {layout.weights} weights"
-    problem = ""
-    if stage not in range(4):
-        problem = f"engine.zero_stage={stage} is not a stage of ZeRO; choose 0, 1, 2 or 3"
-    elif layout.engine == "local" and stage:
-        problem = f"engine.zero_stage={stage} needs DeepSpeed; set engine.zero_stage=0, or engine=deepspeed"
-    elif layout.weights == "bfloat16" and layout.engine == "local":
-        problem = (
-            "engine.weights=bfloat16 needs a float32 master copy, which engine.name=local has none of; use deepspeed"
-        )
-    elif layout.weights == "bfloat16" and stage == 0 and layout.tensor > 1:
-        what = "with bfloat16 weights and parallel.tensor above 1 gets a wrong gradient norm from DeepSpeed"
-        problem = f"engine.zero_stage=0 {what}; choose engine.zero_stage 1, 2 or 3"
-    return Check(rule, problem)
+def _check_engine(config: Config, layout: Layout) -> Check:
+    place = ", the optimizer on the host" if layout.offload else ""
+    rule = f"engine.zero_stage={layout.zero_stage} with engine.name={layout.engine} and {layout.weights} weights{place}"
+    return Check(rule, _problem(check_engine, layout.onto(config)))
 
 
 def _check_backend(config: Config) -> Check:
@@ -216,16 +215,23 @@ def _check_settings(config: Config, layout: Layout) -> list[Check]:
     """Rules of config_rules.py: of the run as it is apart from its layout, then of what a run would be started with."""
     whole = dataclasses.replace(layout, world_size=layout.data, tensor=1, context=1, sequence=False)
     return [
-        Check("settings of the run", _first_broken(whole.onto(config), layout.data), of_sizes=False),
         Check(
-            "settings of the run on these ranks", _first_broken(layout.onto(config), layout.world_size), of_sizes=False
+            "settings of the run",
+            _problem(partial(validate, world_size=layout.data), whole.onto(config)),
+            of_sizes=False,
+        ),
+        Check(
+            "settings on these ranks",
+            _problem(partial(validate, world_size=layout.world_size), layout.onto(config)),
+            of_sizes=False,
         ),
     ]
 
 
-def _first_broken(config: Config, world_size: int) -> str:
+def _problem(rules: Callable[[Config], None], config: Config) -> str:
+    """What the first of the rules that is broken says; empty where none is."""
     try:
-        validate(config, world_size)
+        rules(config)
     except ConfigError as error:
         return str(error)
     return ""

@@ -11,6 +11,7 @@ from dla_train.models.cost import FlopCount, flops_per_token, parameter_count
 from dla_train.plan_run.budget import Budget, budget
 from dla_train.plan_run.layout import Check, Layout, checks, divides
 from dla_train.plan_run.shape import LayerShape
+from dla_train.plan_run.states import Weights
 from dla_train.plan_run.target import Target
 from dla_train.plan_run.traffic import Traffic, traffic
 
@@ -105,9 +106,10 @@ def plan(config: Config, layout: Layout, target: Target) -> Plan:
 def _of_a_rank(config: Config, layout: Layout, target: Target) -> dict[str, Any]:
     shape = LayerShape.of(config, layout, target)
     weights = parameter_count(shape.model, config.memory)
+    given = Weights(weights, shape.largest_weight, layout.micro_batches(config))
     return {
         "parameters_per_rank": weights,
-        "memory": budget(layout, shape, weights, config.optim.z_loss > 0),
+        "memory": budget(layout, shape, given, config.optim.z_loss > 0),
         "traffic": traffic(config, layout, shape, weights),
     }
 

@@ -39,10 +39,10 @@ def table_markdown(plans: Sequence[Plan]) -> str:
     ]
     kinds = [
         ["run", "context", "ranks", "weights", "gradients", "optimizer", "buffers", "activations", "plans"]
-        + ["one layer again", "workspace", "logits and loss", "most at once"],
+        + ["one layer again", "workspace", "logits and loss", "in the step", "most at once"],
         *(_kinds_row(plan) for plan in plans if plan.memory is not None),
     ]
-    return f"{_markdown(chosen)}\n\nMemory of a rank, GB:\n\n{_markdown(kinds)}\n"
+    return f"{markdown(chosen)}\n\nMemory of a rank, GB:\n\n{markdown(kinds)}\n"
 
 
 def described(layout: Layout) -> str:
@@ -50,6 +50,8 @@ def described(layout: Layout) -> str:
     axes = f"{layout.data} data x {layout.context} context x {layout.tensor} tensor"
     parts = [axes + (" with sequence" if layout.sequence else "")]
     parts.append("local engine" if layout.engine == "local" else f"ZeRO {layout.zero_stage}")
+    parts += ["bfloat16 weights"] if layout.weights == "bfloat16" else []
+    parts += ["optimizer on the host"] if layout.offload else []
     parts += ["recomputation"] if layout.recompute else []
     return ", ".join(parts)
 
@@ -79,9 +81,12 @@ def _memory(plan: Plan, memory: Budget) -> str:
     rows = [(name, f"{size / GB:10.3f}") for name, size in _kinds(memory)]
     verdict = "fits" if plan.fits else "does not fit"
     rows[-1] = (rows[-1][0], f"{rows[-1][1]}  {verdict} {plan.target.device_gb:g} GB")
+    rows.append(("on the host, a rank", f"{memory.states.host / GB:10.3f}"))
     rows.append(("decode cache, a sequence", f"{memory.cache_bytes / GB:10.3f}"))
     title = f"memory of a rank, GB ({plan.device}, memory operations in {plan.backend})"
-    note = "  the loss and a layer's recomputation with its workspace are not held together: the larger counts"
+    note = (
+        "  not held together, the largest counts: the loss; one layer and its workspace; the step without activations"
+    )
     return _lines(title, rows) + "\n" + note
 
 
@@ -97,6 +102,7 @@ def _kinds(memory: Budget) -> list[tuple[str, int]]:
         ("one layer, recomputed", memory.recomputed),
         ("workspace of a layer", memory.workspace),
         ("logits and loss", memory.loss),
+        ("gradients in the step", states.step),
         ("most at once", memory.total),
     ]
 
@@ -164,6 +170,7 @@ def _thousands(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its first row the headings."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -124,6 +124,13 @@ class LayerShape:
         return self.value_size + 2 * self.key_size
 
     @property
+    def largest_weight(self) -> int:
+        """Numbers in the largest matrix: the embedding's, or a projection's."""
+        return self.model.width * max(
+            self.model.vocab_size, self.model.mlp_width, self.model.num_heads * self.model.value_dim
+        )
+
+    @property
     def slots(self) -> int:
         """S."""
         return memory_capacity(self.memory)

@@ -2,7 +2,7 @@
 
 Ring algorithms over r ranks: a gather of n bytes (its result), a scattered sum of n bytes and an exchange of n bytes
 send (r - 1) / r n each, a sum that every rank gets twice that. Left out, since they are small: sums of squares in a
-norm that spans ranks, and what a step counts.
+norm that spans ranks, what a step counts, and vectors' float32 values beside bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -91,11 +91,14 @@ def _exchanged(shape: LayerShape, ranks: int) -> float:
 
 
 def _data(layout: Layout, weights: int, steps: int) -> int:
-    """Of a step. From stage 2 on gradients are summed after every micro-batch, and stage 3 gathers weights twice."""
-    volume = _share(layout.shards) * weight_bytes(layout) * weights
-    sums = {0: 2, 1: 1, 2: steps, 3: steps}[layout.zero_stage]
+    """Of a step. Gradients travel in float32, weights as they are stored.
+
+    Every rank gets whole sums, of which stages 1 and 2 then use a part; stage 3 scatters them. From stage 2 on they are
+    made after every micro-batch, and stage 3 gathers weights for every forward and every backward pass.
+    """
+    sums = {0: 2, 1: 2, 2: 2 * steps, 3: steps}[layout.zero_stage]
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * steps}[layout.zero_stage]
-    return round(volume * (sums + gathers))
+    return round(_share(layout.shards) * weights * (sums * FLOAT_BYTES + gathers * weight_bytes(layout)))
 
 
 def _share(ranks: int) -> float:

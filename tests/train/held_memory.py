@@ -135,7 +135,9 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given | self._known:
+            if not isinstance(leaf, Tensor) or leaf.is_meta:
+                continue
+            if leaf.untyped_storage().data_ptr() not in given | self._known:
                 self._enter(leaf.untyped_storage())
         return result
 
