@@ -177,7 +177,10 @@ def _group_backend(wanted: str, device: torch.device) -> str:
 def _start_group(backend: str, timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        # torchrun keeps its store when it starts dead ranks again, with the addresses of the earlier ones in it
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        attempt = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
