@@ -67,7 +67,7 @@ def complete_steps(root: Path) -> list[int]:
 def commit(root: Path, step: int, files: dict[str, FileRecord]) -> None:
     """Turn the partial folder of `step`, whose `files` are on the disk, into a complete checkpoint.
 
-    One of the same step stays until the new one has its name.
+    One of the same step, if there is one, waits under another name until the new one is complete.
     """
     partial, final = partial_folder(root, step), checkpoint_folder(root, step)
     marker = write_manifest(partial, step, files)
@@ -82,6 +82,16 @@ def commit(root: Path, step: int, files: dict[str, FileRecord]) -> None:
     write_atomically(final / MARKER, marker)
     if replaced.is_dir():
         shutil.rmtree(replaced)
+
+
+def put_back_replaced(root: Path) -> None:
+    """Give a checkpoint its name back that a crash left without its successor. Not while a save is being written."""
+    for replaced in sorted(root.glob("step_*.replaced")):
+        final = replaced.with_suffix("")
+        if not os.path.lexists(final / MARKER):
+            if final.is_dir():
+                shutil.rmtree(final)
+            replaced.rename(final)
 
 
 def remove_incomplete(root: Path) -> list[str]:
