@@ -222,6 +222,18 @@ def test_a_loaded_model_is_the_trained_one(tiny: MakeConfig) -> None:
         load_model(config.run_dir, step=5)
 
 
+def test_a_model_is_not_loaded_from_damaged_weights(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny())
+    for kind, refused in (("optim", False), ("model", True)):
+        path = checkpoint_folder(tmp_path / "run/checkpoints", 8) / f"tensors/{kind}-00000-000.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+        if refused:
+            with pytest.raises(CheckpointError, match="model-00000-000.safetensors has .* not those that were written"):
+                load_model(tmp_path / "run")
+        else:
+            assert load_model(tmp_path / "run")[2] == 8  # moments are not read, so not hashed either
+
+
 def test_loading_from_nowhere_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         load_model(tmp_path)
