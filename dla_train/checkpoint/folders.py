@@ -101,6 +101,7 @@ def remove_incomplete(root: Path) -> list[str]:
     """
     if not root.is_dir():
         return []
+    put_back_replaced(root)
     removed = []
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.is_symlink() or not _LEFT_BY_A_CRASH.fullmatch(folder.name):

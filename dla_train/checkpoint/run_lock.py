@@ -99,8 +99,9 @@ class RunLock:
 
     def _touch(self) -> None:
         while not self._released.wait(TOUCH_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+            if self._is_ours():
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
 
 
 def _alive(path: Path, seen: bytes) -> bool:

@@ -140,8 +140,18 @@ def test_a_full_disk_at_the_last_save_is_one_typed_error(tmp_path: Path, monkeyp
 def test_a_failed_save_makes_room_by_deleting_what_it_had_written(tmp_path: Path, monkeypatch: Patch) -> None:
     with checkpointer_of(make_config(tmp_path)) as checkpointer, full_disk(monkeypatch, "optim-"):
         checkpointer.save(1, SmallState(), DATA)
+        assert checkpointer._saving is not None and checkpointer._saving.written()
+        assert not list(checkpointer.root.rglob("*.safetensors")), "at once, not at the next save"
         assert checkpointer.finish()
-        assert not list(checkpointer.root.rglob("*.safetensors"))
+        assert list(checkpointer.root.iterdir()) == []
+
+
+def test_a_failed_save_of_a_step_that_was_saved_before_leaves_the_older_one(tmp_path: Path, monkeypatch: Patch) -> None:
+    write_checkpoints(tmp_path, 1)
+    with checkpointer_of(make_config(tmp_path)) as checkpointer, full_disk(monkeypatch, "COMPLETE"):
+        checkpointer.save(1, SmallState(7.0), DATA)
+        assert "No space left on device" in str(checkpointer.finish())
+    assert resumed_value(tmp_path) == (1, 1.0)
 
 
 @contextmanager
