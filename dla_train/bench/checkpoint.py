@@ -109,10 +109,12 @@ class Bench:
         records = []
         for _ in tqdm(range(rounds), desc="saving", leave=False):
             self._done += 1
+            processor = time.process_time()
             with stopwatch() as copy:
                 self._checkpointer.save(self._done, self._engine, DATA)
             with stopwatch() as rest:
                 assert self._checkpointer.finish() is None
+            processor = time.process_time() - processor
             size = self._newest().manifest.total_bytes
             plain = write_plain(self._checkpointer.root / "plain", size)
             hashing = hash_alone(size)
@@ -121,6 +123,7 @@ class Bench:
                     "bytes": size,
                     "copy_seconds": copy[0],
                     "write_seconds": rest[0],
+                    "processor_seconds": processor,
                     "disk_seconds": plain,
                     "hash_seconds": hashing,
                 }
@@ -249,6 +252,7 @@ def environment(model: str) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -263,7 +267,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Made by `python -m dla_train.bench checkpoint`; numbers in checkpoint.json. Medians over rounds measured in "
         f"turn, least and most in brackets. {env['model']} with AdamW's moments, {size / 1e9:.2f} GB, one process, "
-        f"{env['cores']} cores; torch {env['torch']}, Python {env['python']}.",
+        f"{env['cores']} cores with {env['load_before']:.1f} other processes at work before; torch {env['torch']}, "
+        f"Python {env['python']}.",
         "",
         f"| a checkpoint written while {env['threads']} of {env['cores']} cores train on rows of {TOKENS} tokens | |",
         "|---|---|",
@@ -281,6 +286,7 @@ def page(results: dict[str, Any]) -> str:
         f"| their time against plain steps' | {_spread(ratios)} |",
         f"| standstill for the copy | {_spread([r['copy_seconds'] for r in overlap])} s |",
         f"| training time lost in all, copy included | {_spread(lost)} s |",
+        f"| processor time of a save | {_spread([r['processor_seconds'] for r in saving])} s |",
         f"| a save that is waited for | {_spread([r['copy_seconds'] + r['write_seconds'] for r in saving])} s |",
     ]
     lines += ["", "| bandwidth, GB/s | checkpoint | plain file, same disk | ratio |", "|---|---|---|---|"]

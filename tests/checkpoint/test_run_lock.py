@@ -153,6 +153,24 @@ def test_of_many_that_find_a_dead_holders_lock_one_gets_it(tmp_path: Path, monke
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_rival_that_was_faster_gets_its_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found the dead holder; the rival took the lock over between this one's look and its renaming."""
+    write_lock(tmp_path, started="1")
+    alive, rival = run_lock._alive, list[bytes]()
+
+    def slow_look(path: Path, seen: bytes) -> bool:
+        if rival:
+            return alive(path, seen)
+        rival.append(write_lock(tmp_path, token="rival").read_bytes())
+        return False
+
+    monkeypatch.setattr(run_lock, "_alive", slow_look)
+    with pytest.raises(RunDirectoryError, match="is being trained by"):
+        RunLock(tmp_path)
+    assert (tmp_path / LOCK_FILE).read_bytes() == rival[0]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"host": {}, "pid": 1e99}', b"[" * 100_000])
 def test_a_lock_file_of_nonsense_is_watched_and_then_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
