@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-multigpu check bench bench-train kernel-report clean
+.PHONY: help install quickstart test test-gpu test-multigpu test-faults check bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -40,6 +40,9 @@ test-gpu: $(STAMP)  ## Run the tests that need a CUDA device
 
 test-multigpu: $(STAMP)  ## Compare training on all CUDA devices (1, 2, 4, 8) with training on one
 	$(BIN)/python -m pytest -q -m gpu tests/parallel
+
+test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs in every way (20 minutes); writes docs/results/
+	$(TEST_ENVIRONMENT) $(BIN)/python -m tests.faults.suite --output docs/results --rounds 4
 
 check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ gives its unit and meaning. Choices are strings checked against `CHOICES`, so th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -101,19 +102,38 @@ class MemoryConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """A stretch of the run with its own blend and row length (docs/data.md)."""
+
+    start_tokens: int = MISSING
+    """Tokens of the run before this phase, rounded up to a whole step; 0 in the first."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of rows of each source of data.train, by name, of any sum; one that is absent or 0 gives none. With one
+    source, may be left out."""
+    context_tokens: int | None = None
+    """Tokens in a row of this phase, a divisor of data.context_tokens; None is data.context_tokens."""
+
+
+@dataclass
 class DataConfig:
     """Token files and how rows are cut from them."""
 
     name: str = MISSING
     """Label of the corpus."""
-    train: list[str] = MISSING
-    """Prefixes of Megatron `.bin/.idx` pairs to train on."""
+    train: list[Any] = MISSING
+    """Prefixes of Megatron `.bin/.idx` pairs to train on, or sources `{name, prefixes, weight}` to blend."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Blends that follow one another; empty is one phase of the sources' weights. Past phases cannot be changed."""
+    packing: str = "concatenate"
+    """`concatenate` cuts the stream of documents into rows; `best_fit` keeps documents whole and pads."""
     validation: list[str] = field(default_factory=list)
     """Prefixes of held-out pairs; empty turns validation off."""
     tokenizer: str = MISSING
     """sentencepiece `.model` file or a Hugging Face tokenizer folder; must match the files' manifest."""
     context_tokens: int = MISSING
-    """T: tokens in a row."""
+    """T: tokens in a row; with phases, in a row of the longest."""
+    allow_changed: bool = False
+    """Resume although files or past phases are not those of the checkpoint; the change is logged and recorded."""
     loader_workers: int = 0
     """Threads that read ahead; any number gives the same batches."""
 
@@ -217,6 +237,32 @@ class CheckpointConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    """What a run does when numbers go wrong or a phase hangs (docs/reliability.md)."""
+
+    max_skipped_steps: int = 3
+    """Steps in a row with a gradient that is not finite that are left out; one more makes the run go back."""
+    spike_deviations: float = 0.0
+    """A loss this many median deviations above the running median is a spike; 0 looks for none."""
+    spike_window_steps: int = 200
+    """Losses in the running median."""
+    spike_patience_steps: int = 5
+    """Spikes in a row after which the run goes back."""
+    max_rewinds: int = 3
+    """Returns to the last good checkpoint, past the data that led there, in the whole run; one more ends it."""
+    setup_minutes: float = 60.0
+    """Longest time before the first step; 0 is no limit, as for the others."""
+    first_step_minutes: float = 60.0
+    """Of the first step of a start, which compiles."""
+    step_minutes: float = 8.0
+    """Of any other step; below parallel.timeout_minutes, so that stacks are written before other ranks give up."""
+    validation_minutes: float = 120.0
+    """Of a validation."""
+    checkpoint_minutes: float = 60.0
+    """Of a save, as far as training waits for it."""
+
+
+@dataclass
 class LoggingConfig:
     """Where the numbers go; metrics.jsonl is always written."""
 
@@ -254,6 +300,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
@@ -268,6 +315,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.routing": ("qk", "projected"),
     "memory.gate": ("soft", "hard", "straight_through"),
     "memory.backend": ("auto", "triton", "torch", "recurrent"),
+    "data.packing": ("concatenate", "best_fit"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "train.dtype": ("float32", "bfloat16"),
     "train.device": ("auto", "cpu", "cuda"),

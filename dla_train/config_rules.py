@@ -12,6 +12,7 @@ import difflib
 from typing import Any
 
 from dla_train.config import CHOICES, CheckpointConfig, Config, ConfigError, MemoryConfig, ModelConfig
+from dla_train.data_config import check_data
 
 MAX_CAPACITY = 64
 """Most slots a head may keep: the bookkeeping of a chunk is a table of capacity entries per token."""
@@ -35,6 +36,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_engine(config)
     _check_loop(config)
     _check_checkpoints(config.checkpoint)
+    check_data(config)
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -88,6 +90,16 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep_last": 0,
     "checkpoint.keep_every_steps": 0,
     "logging.interval_steps": 1,
+    "resilience.max_skipped_steps": 0,
+    "resilience.spike_deviations": 0,
+    "resilience.spike_window_steps": 1,
+    "resilience.spike_patience_steps": 1,
+    "resilience.max_rewinds": 0,
+    "resilience.setup_minutes": 0,
+    "resilience.first_step_minutes": 0,
+    "resilience.step_minutes": 0,
+    "resilience.validation_minutes": 0,
+    "resilience.checkpoint_minutes": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,
     "optim.z_loss": 0,
@@ -325,8 +337,6 @@ def _check_loop(config: Config) -> None:
     if train.validation_batches and not config.data.validation:
         rule = "needs data.validation, which names no files"
         _reject("train.validation_batches", train.validation_batches, rule, "name held-out files, or set it to 0")
-    if not config.data.train:
-        _reject("data.train", config.data.train, "names no files", "give at least one .bin/.idx prefix")
     for key in ("name", "run_dir", "data.tokenizer"):
         if not value_at(config, key):
             _reject(key, "''", "is empty", "give it a value")

@@ -32,8 +32,12 @@ from dla_train.config import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    ResilienceConfig,
 )
 from dla_train.config_rules import validate
+
+MISTAKE = 2
+"""Exit code after a mistake in the configuration, the data or the run directory."""
 
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
@@ -43,6 +47,7 @@ GROUPS: dict[str, type] = {
     "parallel": ParallelConfig,
     "engine": EngineConfig,
     "checkpoint": CheckpointConfig,
+    "resilience": ResilienceConfig,
     "logging": LoggingConfig,
 }
 """Hydra groups that fill one node of the configuration; `experiment` fills any."""
@@ -117,7 +122,7 @@ def run_application(job: Callable[[Config], Any], user_errors: tuple[type[Except
     """Compose the command line, check it, run `job` on it. Returns the exit code: 2 after a user's mistake.
 
     `user_errors` are the errors of `job` that are shown as one paragraph without a traceback. Under torchrun every rank
-    makes the same configuration, so rank 0 alone reports a mistake in it.
+    makes the same configuration, so rank 0 alone reports a mistake in it. An error may name its own `exit_code`.
     """
     register_schema()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach this function instead of Hydra's own printer
@@ -126,7 +131,8 @@ def run_application(job: Callable[[Config], Any], user_errors: tuple[type[Except
         try:
             job(checked_config(composed))
         except user_errors as error:
-            raise SystemExit(_report(str(error), every_rank=True)) from error
+            _report(str(error), every_rank=True)
+            raise SystemExit(getattr(error, "exit_code", MISTAKE)) from error
 
     try:
         _refuse_multirun_under_torchrun()
@@ -158,7 +164,7 @@ def _report(message: str, every_rank: bool = False) -> int:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or every_rank:
         print(f"dla-train: error: {message}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 def setting_names() -> Iterator[str]:

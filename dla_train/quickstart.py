@@ -21,8 +21,10 @@ from data_prep.stdlib_files import prepare_stdlib_files
 from dla_train.checkpoint import CheckpointError, complete_steps
 from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
+from dla_train.data.indexed import TokenFiles
 from dla_train.data.loader import open_sources
 from dla_train.data.tokenizer import load_tokenizer
+from dla_train.data_config import training_sources
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
 from dla_train.evaluate.loading import load_model
 from dla_train.evaluate.loss_curve import plot_loss_curve
@@ -102,13 +104,14 @@ def measure(config: Config) -> dict[str, object]:
     assert sources.validation is not None  # the experiment names validation files
     batches = sources.validation.validation_batches(HELD_OUT_BATCHES, 0, 1, config.train.micro_batch_rows)
     result: HeldOut = held_out_loss(model, batches, sources.tokenizer, model.embedding.weight.device)
+    training_files = TokenFiles([prefix for source in training_sources(config.data) for prefix in source.prefixes])
     sample = generate(model, sources.tokenizer.encode(PROMPT), 120, temperature=0.7, top_k=40)
     report = {
         "step": step,
         "held_out_loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
         "held_out_tokens": result.tokens,
-        "unigram_entropy": unigram_entropy(sources.train.files, config.model.vocab_size),
+        "unigram_entropy": unigram_entropy(training_files, config.model.vocab_size),
         "prompt": PROMPT,
         "sample": sources.tokenizer.decode(sample.tokens),
         "cache_bytes": sample.cache_bytes,

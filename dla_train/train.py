@@ -1,8 +1,7 @@
-"""Training a language model: build the parts, loop over optimizer steps, stop.
+"""Training a language model: build the parts, run the loop, go back to a checkpoint where the loop says so.
 
-`train(config)` is the program; `main` is its Hydra command line (`dla-train experiment=...`). Whatever decides the
-course of a run (stop, validate, save, a loss that is not finite) is a function of the step or of numbers that are
-already equal on every rank, so all ranks take the same turn at the same step.
+`train(config)` is the program; `main` is its Hydra command line (`dla-train experiment=...`). How a process ended is
+told by its exit code and `status.json` in run_dir (resilience/exit_codes.py).
 """
 
 from __future__ import annotations
@@ -13,13 +12,9 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dla_train.checkpoint import (
     Checkpointer,
@@ -30,26 +25,33 @@ from dla_train.checkpoint import (
     write_run_files,
 )
 from dla_train.checkpoint.run_lock import RunLock
-from dla_train.config import Config, ConfigError
+from dla_train.config import Config, ConfigError, ResilienceConfig
 from dla_train.config_rules import validate
 from dla_train.data.errors import DataError
-from dla_train.data.loader import Batch, DataSources, open_sources
-from dla_train.data.packing import IGNORED_TARGET
+from dla_train.data.loader import DataSources, open_sources
 from dla_train.engine import Engine, build_engine
-from dla_train.evaluate.held_out import HeldOut, held_out_loss
+from dla_train.evaluate.held_out import HeldOut
 from dla_train.hydra_app import config_to_yaml, run_application
-from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
+from dla_train.loop import Loop, LoopResult
 from dla_train.models.build import meta_model
 from dla_train.models.cost import memory_capacity, merge_cache_bytes
-from dla_train.optim import gate_temperature, learning_rate
+from dla_train.models.language_model import LanguageModel
 from dla_train.parallel.mesh import Mesh
+from dla_train.resilience.exit_codes import DIVERGED, FINISHED, STOPPED, write_status
+from dla_train.resilience.guard import Judgement
+from dla_train.resilience.journal import JournalError, Rewind, append_to_journal, data_position, data_step, read_journal
+from dla_train.resilience.stopping import StopSignals
+from dla_train.resilience.watchdog import Watchdog
+from dla_train.run_log import RunLog
 from dla_train.telemetry import MemoryTelemetry
 
 logger = logging.getLogger("dla_train.train")  # not __name__, which `python -m` makes "__main__"
 
 
 class TrainingDiverged(ArithmeticError):
-    """The gradient of a step is not finite; the parameters were not saved after it."""
+    """Numbers went wrong more often than `resilience` puts up with; the checkpoints are from before."""
+
+    exit_code = DIVERGED
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,20 @@ class TrainResult:
     """Training loss of the last step in nats per token; None if no step was left to do."""
     validation: HeldOut | None
     """The last validation of this start."""
+    stopped_by: str = ""
+    """The signal that ended it early, by name; everything is saved."""
 
 
 def main() -> None:
-    """The command `dla-train`: exits with 2 and one paragraph after a mistake in the configuration or the data."""
+    """The command `dla-train`: its exit codes are in resilience/exit_codes.py; a mistake is told in one paragraph."""
     configure_logging()
-    errors = (ConfigError, DataError, CheckpointError, RunDirectoryError, TrainingDiverged)
-    sys.exit(run_application(train, errors))
+    codes = [FINISHED]
+
+    def job(config: Config) -> None:
+        codes.append(STOPPED if train(config).stopped_by else FINISHED)
+
+    errors = (ConfigError, DataError, CheckpointError, RunDirectoryError, JournalError, TrainingDiverged)
+    sys.exit(run_application(job, errors) or max(codes))
 
 
 def configure_logging() -> None:
@@ -80,7 +89,13 @@ def configure_logging() -> None:
 
 def train(config: Config) -> TrainResult:
     """Train, or go on training, the run that `config` describes. Raises typed errors before anything is overwritten."""
-    with Mesh.start(config) as mesh:
+    run_dir, limits = Path(config.run_dir), _limits(config.resilience)
+    with (
+        StopSignals() as signals,
+        Mesh.start(config) as mesh,
+        Watchdog(limits, run_dir / "hangs", mesh.rank) as watchdog,
+    ):
+        watchdog.enter("setup")
         validate(config, mesh.size)
         torch.manual_seed(config.seed + mesh.rank)
         sources = open_sources(
@@ -88,190 +103,126 @@ def train(config: Config) -> TrainResult:
             global_batch_rows=config.train.global_batch_rows,
             seed=config.seed,
             vocab_size=config.model.vocab_size,
+            pin_memory=mesh.device.type == "cuda",
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         with hold_run_directory(config, identity, mesh) as lock:
-            return _train(config, mesh, sources, identity, lock)
+            return Run(config, mesh, sources, signals, watchdog, identity, lock).train()
 
 
-def _train(
-    config: Config, mesh: Mesh, sources: DataSources, identity: dict[str, Any], lock: RunLock | None
-) -> TrainResult:
-    """`train` in a run directory that is this process's; `identity` is what makes it this run."""
-    model = meta_model(config, mesh.axes)
-    engine = build_engine(config, model, mesh)
-    with Checkpointer(config, mesh, lock) as checkpointer:
+@dataclass(frozen=True)
+class Run:
+    """A run in a run directory that is this process's."""
+
+    config: Config
+    mesh: Mesh
+    sources: DataSources
+    signals: StopSignals
+    watchdog: Watchdog
+    identity: dict[str, Any]
+    """What makes it this run."""
+    lock: RunLock | None
+
+    def train(self) -> TrainResult:
+        """Loops from checkpoint to checkpoint until one ends the run."""
+        config, mesh = self.config, self.mesh
+        model = meta_model(config, mesh.axes)
+        engine = build_engine(config, model, mesh)
+        with Checkpointer(config, mesh, self.lock) as checkpointer:
+            while True:
+                ended = self._loop(model, engine, checkpointer)
+                if ended.judgement is None:
+                    break
+                self._go_back(ended, ended.judgement, checkpointer)
+        self.sources.train.close()
+        state = "stopped" if ended.stopped_by else "finished"
+        self._say(state, ended.step, STOPPED if ended.stopped_by else FINISHED, ended.stopped_by)
+        return TrainResult(ended.step, ended.loss, ended.validation, ended.stopped_by)
+
+    def _loop(self, model: LanguageModel, engine: Engine, checkpointer: Checkpointer) -> LoopResult:
+        """From the newest checkpoint, or the beginning, to the end or a judgement."""
+        config, mesh = self.config, self.mesh
+        self.watchdog.enter("setup")
+        rewinds = self._rewinds()
         resumed = checkpointer.resume(engine)
-        done = sources.train.resume_step(resumed.data) if resumed else 0
-        write_run_files(config, config_to_yaml(config), identity, mesh)
+        done = resumed.step if resumed else 0
+        position = data_position(done, rewinds)
+        if resumed and (read := self.sources.train.resume_step(resumed.data)) != position:
+            raise CheckpointError(
+                f"the checkpoint of step {done} has read its data up to step {read}, but by "
+                f"{config.run_dir}/journal.jsonl it is {position}; put that file back as it was"
+            )
+        write_run_files(config, config_to_yaml(config), self.identity, mesh)
+        self._say("running", done, None)
         parameters = sum(math.prod(shape) for name, shape in engine.shapes().items() if name.startswith("model/"))
         logger.info("%s", _headline(config, mesh, parameters, done))
         with RunLog(config, mesh, MemoryTelemetry(model, mesh), done) as log:
-            return Loop(config, mesh, sources, engine, checkpointer, log).run(done)
-
-
-class Loop:
-    """The optimizer steps of one start."""
-
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        sources: DataSources,
-        engine: Engine,
-        checkpointer: Checkpointer,
-        log: RunLog,
-    ) -> None:
-        self.config, self.mesh, self.sources = config, mesh, sources
-        self.engine, self.checkpointer, self.log = engine, checkpointer, log
-        self.last = config.train.stop_at_step or config.train.steps
-
-    def run(self, done: int) -> TrainResult:
-        """Train until the last step; `done` steps were done before this start."""
-        loss, validation = None, None
-        self.log.clock.restart()
-        while done < self.last:
-            sums, targets, numbers = self._train_step(done)
-            done += 1
-            if self.log.due(done, self.last):
-                with self.log.clock.phase("exchange"):
-                    nats, partition = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
-                loss = nats
-                numbers |= {"loss": nats} | ({"z_loss": partition} if self.config.optim.z_loss else {})
-                self.log.training(done, numbers)
-            if self._validation_due(done):
-                validation = self._validate()
-                self.log.validation(done, validation)
-                self.log.clock.restart()
-            if self.checkpointer.due(done, done == self.last):
-                cursor = self.sources.train.state(done)
-                self.checkpointer.save(done, self.engine, cursor, wait=done == self.last)
-                self.log.clock.restart()
-        self.sources.train.close()
-        return TrainResult(step=done, loss=loss, validation=validation)
-
-    def _train_step(self, done: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Step `done` + 1 -> this rank's (summed nats, z-loss) [2], the targets of all ranks, numbers to log."""
-        config, clock, step = self.config, self.log.clock, done + 1
-        lr = learning_rate(config.optim, config.train.steps, step)
-        temperature = gate_temperature(config.memory, config.train.steps, step)
-        clock.synchronize = self.log.due(step, self.last)
-        with clock.phase("data"):
-            batches = self.sources.train.batch(
-                done, self.mesh.data_rank, self.mesh.data_size, config.train.micro_batch_rows
+            loop = Loop(
+                config, mesh, self.sources, engine, checkpointer, log, self.signals, self.watchdog, tuple(rewinds)
             )
-        with clock.phase("exchange"):
-            targets = self._target_count(batches)
-        sums = torch.zeros(2, device=self.mesh.device)
-        for index, batch in enumerate(batches):
-            with clock.phase("forward"):
-                nats, partition = self._losses(batch, temperature)
-            with clock.phase("backward"):
-                self.engine.backward((nats + partition) / targets, last=index == len(batches) - 1)
-            sums += torch.stack([nats.detach(), partition.detach()])
-        with clock.phase("step"):
-            grad_norm = self.engine.step(lr).grad_norm
-        if not math.isfinite(grad_norm):  # the norm over all ranks' gradients: the same number everywhere
-            raise TrainingDiverged(
-                f"step {step}: the gradient norm is {grad_norm}; lower optim.lr={config.optim.lr} or set "
-                f"optim.clip_norm in a new run_dir, or go on from the last checkpoint in {config.run_dir}"
+            return loop.run(done)
+
+    def _go_back(self, ended: LoopResult, judgement: Judgement, checkpointer: Checkpointer) -> None:
+        """Set the checkpoints of the bad steps aside and write down which data is passed over from now on."""
+        self.watchdog.enter("setup")
+        config, rewinds = self.config, self._rewinds()
+        if len(rewinds) >= config.resilience.max_rewinds:
+            self._give_up(
+                ended.step, judgement, f"resilience.max_rewinds={config.resilience.max_rewinds} returns are used up"
             )
-        self.log.end_step(self.sources.train.tokens_per_step)
-        return sums, targets, {"lr": lr, "grad_norm": grad_norm}
-
-    def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        device = self.mesh.device
-        tokens, cu_seqlens = batch.tokens.to(device), batch.cu_seqlens.to(device)
-        output = self.engine.module(tokens, cu_seqlens, gate_temperature=temperature)
-        loss = self.engine.module.token_loss
-        nats, partition, _ = loss(output.logits, batch.targets.to(device), self.config.optim.z_loss)
-        return nats, partition
-
-    def _target_count(self, batches: list[Batch]) -> Tensor:
-        """Targets of the global batch: the loss is their mean, however they are spread over ranks and micro-batches."""
-        here = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in batches]).sum()
-        return self.mesh.sum(here, self.mesh.axes.data).clamp_min(1)
-
-    def _validation_due(self, step: int) -> bool:
-        train = self.config.train
-        interval = train.validation_interval_steps
-        return train.validation_batches > 0 and (step == train.steps or (interval > 0 and step % interval == 0))
-
-    def _validate(self) -> HeldOut:
-        assert self.sources.validation is not None  # config rule
-        train, mesh = self.config.train, self.mesh
-        batches = self.sources.validation.validation_batches(
-            train.validation_batches, mesh.data_rank, mesh.data_size, train.micro_batch_rows
+        step = checkpointer.go_back(judgement.first_bad)
+        if step is None:
+            self._give_up(ended.step, judgement, f"there is no checkpoint from before step {judgement.first_bad}")
+        rewind = Rewind(
+            at_step=ended.step,
+            to_step=step,
+            from_data_step=data_step(judgement.first_bad - 1, rewinds),
+            until_data_step=data_step(ended.step - 1, rewinds) + 1,
+            reason=judgement.reason,
         )
-        module, axes = self.engine.module, mesh.axes
-        module.eval()
-        result = held_out_loss(
-            module,
-            batches,
-            self.sources.tokenizer,
-            mesh.device,
-            lambda totals: mesh.sum(totals, axes.batch),
-            loss=module.token_loss,
-            ranks_per_row=axes.context.size,
+        if self.mesh.is_writer:
+            append_to_journal(Path(config.run_dir), rewind)
+        self.mesh.barrier()
+        logger.warning(
+            "step %d: %s. The run goes back to the checkpoint of step %d and passes over data steps %d to %d",
+            ended.step,
+            judgement.reason,
+            step,
+            rewind.from_data_step,
+            rewind.until_data_step - 1,
         )
-        self.engine.module.train()
-        return result
+
+    def _give_up(self, step: int, judgement: Judgement, why: str) -> NoReturn:
+        self._say("diverged", step, DIVERGED, judgement.reason)
+        raise TrainingDiverged(
+            f"step {step}: {judgement.reason}, and {why}; lower optim.lr={self.config.optim.lr} or set optim.clip_norm "
+            f"in a new run_dir, or go on from the last checkpoint in {self.config.run_dir} with a higher "
+            "resilience.max_rewinds"
+        )
+
+    def _rewinds(self) -> list[Rewind]:
+        """The journal, the same on every rank. Raises JournalError."""
+        found = self.mesh.from_writer(_journal_or_error(self.config) if self.mesh.is_writer else None)
+        if isinstance(found, JournalError):
+            raise found
+        return list(found)
+
+    def _say(self, state: str, step: int, code: int | None, reason: str = "") -> None:
+        if self.mesh.is_writer:
+            write_status(Path(self.config.run_dir), state, step, code, reason)
 
 
-class RunLog:
-    """Clock, progress bar and sinks of one start; collective numbers on all ranks, output on rank 0."""
+def _journal_or_error(config: Config) -> list[Rewind] | JournalError:
+    try:
+        return read_journal(Path(config.run_dir))
+    except JournalError as error:
+        return error
 
-    def __init__(self, config: Config, mesh: Mesh, memory: MemoryTelemetry, done: int) -> None:
-        self._config, self._mesh, self._memory = config, mesh, memory
-        self.clock = PhaseClock(mesh.device)
-        self._speed = SpeedMeter(config, mesh)
-        self._sinks = open_sinks(config, done) if mesh.is_writer else []
-        last = config.train.stop_at_step or config.train.steps
-        hidden = not (config.logging.progress and mesh.is_writer)
-        self._bar = tqdm(total=last, initial=done, unit="step", desc=config.name, disable=hidden, dynamic_ncols=True)
-        self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger("dla_train")])
 
-    def __enter__(self) -> RunLog:
-        self._redirect.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-        self._redirect.__exit__(kind, error, trace)
-        for sink in self._sinks:
-            sink.close()
-
-    def due(self, step: int, last: int) -> bool:
-        """Whether `step` gets a line: the first, every interval_steps-th, and the last of this start."""
-        return step == 1 or step == last or step % self._config.logging.interval_steps == 0
-
-    def end_step(self, tokens: int) -> None:
-        """Stop the clock after a step over `tokens` tokens (all ranks), take the memory's counts, move the bar."""
-        with self.clock.phase("exchange"):
-            self._memory.after_step()
-        self._speed.add(tokens, self.clock.end_step())
-        self._bar.update()
-
-    def training(self, step: int, numbers: dict[str, Any]) -> None:
-        """Write the line of a training step. Collective."""
-        with self.clock.phase("exchange"):
-            numbers = numbers | self._speed.read() | self._memory.read()
-        shown = {"loss": f"{numbers['loss']:.4f}", "tokens/s": f"{numbers['tokens_per_second']:,.0f}"}
-        self._bar.set_postfix(shown)
-        self._write(step, numbers)
-
-    def validation(self, step: int, result: HeldOut) -> None:
-        """Write the line of a validation and forget what it counted in the memories."""
-        self._memory.drop()
-        numbers = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
-        logger.info("step %d: held-out loss %.4f, %.4f bits per byte", step, result.loss, result.bits_per_byte)
-        self._write(step, numbers)
-
-    def _write(self, step: int, numbers: dict[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.write(step, numbers)
+def _limits(resilience: ResilienceConfig) -> dict[str, float]:
+    """Seconds each phase of the watchdog may take."""
+    phases = ("setup", "first_step", "step", "validation", "checkpoint")
+    return {phase: 60 * getattr(resilience, f"{phase}_minutes") for phase in phases}
 
 
 def _headline(config: Config, mesh: Mesh, parameters: int, done: int) -> str:

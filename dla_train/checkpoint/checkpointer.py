@@ -26,7 +26,14 @@ import safetensors
 import torch
 
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
-from dla_train.checkpoint.folders import partial_folder, remove_incomplete, remove_old
+from dla_train.checkpoint.folders import (
+    checkpoint_folder,
+    complete_steps,
+    partial_folder,
+    remove_incomplete,
+    remove_old,
+    set_aside,
+)
 from dla_train.checkpoint.manifest import FORMAT, TENSORS
 from dla_train.checkpoint.resuming import newest_undamaged
 from dla_train.checkpoint.run_lock import RunLock
@@ -159,6 +166,28 @@ class Checkpointer:
         restore_random_state(opened.random, self._mesh.device)
         self._mesh.barrier()  # from here on the files may change: no rank reads them any more
         return Resumed(step=opened.step, data=opened.data)
+
+    def go_back(self, before: int) -> int | None:
+        """Set aside every checkpoint from step `before` on; the step of the newest that is left, None without one.
+
+        Collective; a save in progress is waited for. What is set aside stays on the disk under another name.
+        """
+        self.finish()
+        step = self._mesh.from_writer(self._set_aside_from(before) if self._mesh.is_writer else None)
+        if isinstance(step, CheckpointError):
+            raise step
+        return None if step is None else int(step)
+
+    def _set_aside_from(self, before: int) -> int | None | CheckpointError:
+        try:
+            self._check_lock()
+            steps = complete_steps(self.root)
+            for step in steps:
+                if step >= before:
+                    set_aside(checkpoint_folder(self.root, step), "rewound")
+        except (OSError, RunDirectoryError) as error:
+            return CheckpointError(f"the run cannot go back to a checkpoint from before step {before}: {error}")
+        return max((step for step in steps if step < before), default=None)
 
     def _prepare(self, step: int) -> OSError | RunDirectoryError | None:
         """Make the partial folder; the error if that cannot be done. On rank 0."""

@@ -20,7 +20,7 @@ from dla_train.checkpoint.manifest import MARKER, FileRecord, flush_folder, read
 _FOLDER = re.compile(r"step_(\d{8,18})")
 _LEFT_BY_A_CRASH = re.compile(r"step_\d{8,18}(\.tmp|\.replaced)?")
 
-_SET_ASIDE = re.compile(r"step_\d{8,18}\.damaged\d*")
+_SET_ASIDE = re.compile(r"step_\d{8,18}\.(damaged|rewound)\d*")
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,16 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that it no longer counts; nothing of it is lost. Returns its new path."""
-    aside = folder.with_name(folder.name + ".damaged")
+def set_aside(folder: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint that is `damaged`, or of steps that were `rewound`, so that it no longer counts.
+
+    Nothing of it is lost. Returns its new path.
+    """
+    aside = folder.with_name(f"{folder.name}.{why}")
     for number in range(2, 1000):
         if not os.path.lexists(aside):
             break
-        aside = folder.with_name(f"{folder.name}.damaged{number}")
+        aside = folder.with_name(f"{folder.name}.{why}{number}")
     folder.rename(aside)
     return aside
 

@@ -1,19 +1,17 @@
 """Megatron `.bin/.idx` token files: checked opening, vectorised reading, atomic writing.
 
-The format is Megatron-LM's indexed dataset (uint16 tokens for vocabularies under 65,500, else int32), read and written
-through megatron-core's own classes, so files travel both ways. megatron is imported on first use (seconds) and
-only here. Every size is checked before megatron sees a file, because its reader fails with bare assertions, or reads a
-truncated `.bin` without complaint until the missing tokens are asked for.
+The format is Megatron-LM's indexed dataset (uint16 tokens for vocabularies under 65,500, else int32), written through
+megatron-core's own class, so that files travel both ways; megatron is imported on first use (seconds) and only here.
+Files are read without it: its reader fails with bare assertions, or takes a truncated `.bin` without complaint until
+the missing tokens are asked for. Opening is token_file.py's; what stays in memory is 4 bytes a document.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -22,29 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dla_train.data.errors import CorpusTooSmallError, TokenFileError, TokenizerError, VocabularyError
-from dla_train.data.manifest import Manifest, read_manifest
+from dla_train.data.manifest import Manifest
+from dla_train.data.token_file import TokenFile, token_file_paths
 from dla_train.data.tokenizer import Tokenizer
 
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document edges
-_MAGIC = b"MMIDIDX\x00\x00"
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # integer dtype codes of megatron's DType; 6 and 7 are floats
-_REMAKE = "copy it again from where it was made, or write it again with `dla-prepare tokens --overwrite`"
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 4096
-
-
-def token_file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
-    """Paths of the `.bin`, `.idx` and `.json` (manifest) of a prefix."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
-
-
-@dataclass(frozen=True)
-class _OpenFile:
-    prefix: str
-    tokens: NDArray[np.integer]  # all tokens of the file, a view of the memory map
-    lengths: NDArray[np.int64]  # tokens of each non-empty document
-    starts: NDArray[np.int64]  # first token of each non-empty document
-    manifest: Manifest | None
-    dataset: object  # keeps the memory map open
+_PIECE = 1 << 20
 
 
 class TokenFiles:
@@ -60,25 +41,26 @@ class TokenFiles:
         if not prefixes:
             raise CorpusTooSmallError("no token files given; set data.train to the prefixes of .bin/.idx pairs")
         self.prefixes = [str(prefix) for prefix in prefixes]
-        self._files = [_open(prefix) for prefix in self.prefixes]
-        for file in self._files:
+        self.files = [TokenFile(prefix) for prefix in self.prefixes]
+        """The pairs, in the order of `prefixes`."""
+        for file in self.files:
             _check_manifest(file.prefix, file.manifest, tokenizer, vocab_size)
-        self.document_lengths: NDArray[np.int64] = np.concatenate([file.lengths for file in self._files])
-        """Tokens of each document, [documents] int64, all at least 1."""
-        self._starts = np.concatenate([file.starts for file in self._files])
-        self._file_of = np.repeat(np.arange(len(self._files)), [len(file.lengths) for file in self._files])
-        self.manifests: list[Manifest | None] = [file.manifest for file in self._files]
+        self._vocab_size = vocab_size
+        parts = [file.lengths for file in self.files]
+        self.document_lengths: NDArray[np.integer] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        """Tokens of each document, [documents] int32 (int64 for documents of several sequences), all at least 1."""
+        self._first = np.cumsum([0] + [len(part) for part in parts])
+        for file, begin, end in zip(self.files, self._first, self._first[1:], strict=False):
+            file.lengths = self.document_lengths[begin:end]  # one copy of them
+        self.tokens = sum(file.tokens for file in self.files)
+        """Number of tokens."""
+        self.manifests: list[Manifest | None] = [file.manifest for file in self.files]
         """Manifest of each prefix; None where a file has none."""
 
     @property
     def documents(self) -> int:
         """Number of documents."""
         return len(self.document_lengths)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return int(self.document_lengths.sum())
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -92,15 +74,17 @@ class TokenFiles:
     def fingerprint(self) -> str:
         """sha256 over document lengths, token type and 64 blocks spread over each `.bin`; independent of paths.
 
-        Blocks, not the whole: a terabyte cannot be hashed at every start.
+        Blocks, not the whole: a terabyte cannot be hashed at every start (`dla-data verify` does).
         """
         digest = hashlib.sha256()
-        for file in self._files:
-            raw = file.tokens.view(np.uint8)
-            digest.update(f"{file.tokens.dtype} {len(raw)} {len(file.lengths)}\n".encode())
-            digest.update(file.lengths.astype("<i8").tobytes())
-            for begin in np.linspace(0, max(len(raw) - _BLOCK_BYTES, 0), _SAMPLED_BLOCKS).astype(np.int64):
-                digest.update(raw[begin : begin + _BLOCK_BYTES].tobytes())
+        for file in self.files:
+            size, item = file.tokens * file.dtype.itemsize, file.dtype.itemsize
+            digest.update(f"{file.dtype} {size} {len(file.lengths)}\n".encode())
+            for begin in range(0, len(file.lengths), _PIECE):
+                digest.update(file.lengths[begin : begin + _PIECE].astype("<i8").tobytes())
+            block = min(_BLOCK_BYTES // item, file.tokens)
+            for begin in np.linspace(0, file.tokens - block, _SAMPLED_BLOCKS).astype(np.int64).tolist():
+                digest.update(file.read(begin, block).tobytes())
         return digest.hexdigest()
 
     def read(self, document: int, offset: int = 0, count: int | None = None) -> NDArray[np.int64]:
@@ -112,24 +96,40 @@ class TokenFiles:
         return self.gather(np.array([document]), np.array([offset]), np.array([count]))
 
     def gather(
-        self, documents: NDArray[np.int64], offsets: NDArray[np.int64], counts: NDArray[np.int64]
+        self, documents: NDArray[np.integer], offsets: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Concatenated pieces: for each i, tokens [offsets[i], offsets[i] + counts[i]) of documents[i]. [sum(counts)]
         int64.
 
-        Bounds are the caller's; one fancy index per file, no Python loop over pieces.
+        Bounds are the caller's. Raises VocabularyError, naming file and document, for an id outside the vocabulary.
         """
         ends = np.cumsum(counts)
-        shift = self._starts[documents] + offsets - (ends - counts)
-        positions = np.repeat(shift, counts) + np.arange(ends[-1] if len(ends) else 0)
-        if len(self._files) == 1:
-            return self._files[0].tokens[positions].astype(np.int64)
-        result = np.empty(len(positions), dtype=np.int64)
-        file_of = np.repeat(self._file_of[documents], counts)
-        for i, file in enumerate(self._files):
-            chosen = file_of == i
-            result[chosen] = file.tokens[positions[chosen]]
+        result = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
+        file_of = np.searchsorted(self._first, documents, side="right") - 1
+        begins = np.empty(len(documents), dtype=np.int64)
+        for index in np.unique(file_of):
+            file, chosen = self.files[index], file_of == index
+            starts = file.byte_starts[documents[chosen] - self._first[index]]
+            begins[chosen] = starts // file.dtype.itemsize + offsets[chosen]
+        pieces = zip(file_of.tolist(), begins.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+        for index, begin, at, end in pieces:
+            result[at:end] = self.files[index].read(begin, end - at)
+        if self._vocab_size is not None and len(result):
+            self._check_vocabulary(result, self._vocab_size, documents, counts)
         return result
+
+    def _check_vocabulary(
+        self, tokens: NDArray[np.int64], size: int, documents: NDArray[np.integer], counts: NDArray[np.int64]
+    ) -> None:
+        if tokens.min() >= 0 and tokens.max() < size:
+            return
+        place = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
+        document = int(documents[np.searchsorted(np.cumsum(counts), place, side="right")])
+        index = int(np.searchsorted(self._first, document, side="right")) - 1
+        raise VocabularyError(
+            f"{self.prefixes[index]}.bin holds token id {tokens[place]} in document {document - self._first[index]}, "
+            f"but model.vocab_size={size}; use the tokenizer the files were written with, or a larger model.vocab_size"
+        )
 
 
 class TokenFileWriter:
@@ -201,84 +201,6 @@ def _megatron_indexed_dataset() -> ModuleType:
         warnings.simplefilter("ignore", DeprecationWarning)
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
-
-
-def _open(prefix: str) -> _OpenFile:
-    bin_path, idx_path, manifest_path = token_file_paths(prefix)
-    for path in (bin_path, idx_path):
-        if not path.is_file():
-            raise TokenFileError(
-                f"{path} does not exist; a token file is a .bin and an .idx, made by `dla-prepare tokens`"
-            )
-    item_bytes = _check_header(idx_path)
-    bin_bytes = bin_path.stat().st_size
-    if bin_bytes == 0:  # a .bin without a byte cannot be mapped
-        described = np.fromfile(idx_path, dtype="<i4", offset=_HEADER.size, count=_sequence_count(idx_path)).any()
-        raise (
-            TokenFileError(f"{bin_path} is empty but {idx_path} describes tokens; {_REMAKE}")
-            if described
-            else CorpusTooSmallError(f"{bin_path} holds no tokens; prepare it from a text that is not empty")
-        )
-    dataset = _megatron_indexed_dataset().IndexedDataset(prefix)
-    sequence_lengths = np.asarray(dataset.sequence_lengths, dtype=np.int64)
-    document_edges = np.asarray(dataset.document_indices, dtype=np.int64)
-    edges = np.concatenate([[0], np.cumsum(sequence_lengths)])
-    _check_index(idx_path, sequence_lengths, dataset.index.sequence_pointers, document_edges, edges * item_bytes)
-    if bin_bytes != edges[-1] * item_bytes:
-        raise TokenFileError(
-            f"{bin_path} has {bin_bytes} bytes but {idx_path} describes {edges[-1] * item_bytes}: truncated or another "
-            f"file's; {_REMAKE}"
-        )
-    starts, lengths = edges[document_edges[:-1]], np.diff(edges[document_edges])
-    manifest = read_manifest(manifest_path) if manifest_path.exists() else None
-    if manifest is not None and manifest.tokens != edges[-1]:
-        raise TokenFileError(f"{manifest_path} says {manifest.tokens} tokens, {idx_path} {edges[-1]}; {_REMAKE}")
-    tokens = dataset.bin_reader.read(dtype=dataset.index.dtype, count=int(edges[-1]), offset=0)
-    return _OpenFile(prefix, tokens, lengths[lengths > 0], starts[lengths > 0], manifest, dataset)
-
-
-def _sequence_count(idx_path: Path) -> int:
-    with idx_path.open("rb") as stream:
-        return int(_HEADER.unpack(stream.read(_HEADER.size))[3])
-
-
-def _check_header(idx_path: Path) -> int:
-    """Check magic, version, type and size of an .idx; returns the bytes of one token."""
-    with idx_path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise TokenFileError(f"{idx_path} does not begin as a Megatron index: truncated or not an .idx; {_REMAKE}")
-    _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != 1 or code not in _ITEM_BYTES:
-        raise TokenFileError(
-            f"{idx_path} has version {version} and token type {code}; version 1 with an integer "
-            f"type is required; {_REMAKE}"
-        )
-    expected = _HEADER.size + 12 * sequences + 8 * documents
-    if idx_path.stat().st_size != expected:
-        raise TokenFileError(
-            f"{idx_path} has {idx_path.stat().st_size} bytes, its header describes {expected}: truncated or corrupt; "
-            f"{_REMAKE}"
-        )
-    with idx_path.open("rb") as stream:  # megatron asserts this one without a word
-        stream.seek(-8, os.SEEK_END)
-        last_edge = int.from_bytes(stream.read(8), "little", signed=True)
-    if documents == 0 or last_edge != sequences:
-        raise TokenFileError(f"{idx_path} ends its last document at {last_edge} of {sequences}: corrupt; {_REMAKE}")
-    return _ITEM_BYTES[code]
-
-
-def _check_index(
-    idx_path: Path,
-    lengths: NDArray[np.int64],
-    pointers: NDArray[np.int64],
-    document_edges: NDArray[np.int64],
-    expected_pointers: NDArray[np.int64],
-) -> None:
-    if document_edges[0] != 0 or (np.diff(document_edges) < 0).any() or (lengths < 0).any():
-        raise TokenFileError(f"{idx_path} has document edges or lengths out of order: corrupt; {_REMAKE}")
-    if not np.array_equal(pointers, expected_pointers[:-1]):
-        raise TokenFileError(f"{idx_path} points at places that are not one after another: corrupt; {_REMAKE}")
 
 
 def _check_manifest(

@@ -1,186 +1,192 @@
-"""Batches as a pure function of (seed, epoch, step), cut for a rank's share of the global batch.
+"""Batches as a pure function of (seed, step), cut for a rank's share of the global batch.
 
 The global batch of a step is a fixed list of rows; a rank takes a contiguous share of it and cuts that into
 micro-batches, so the world size, the micro-batch size and the number of reading threads cannot change what a step
-trains on. Seeking is arithmetic: asking for step 1,000,000 first costs one epoch's shuffle and no replay. An epoch
-ends when fewer rows than a global batch are left; the next one shuffles documents and rows anew.
+trains on. Seeking is arithmetic: the blend says how many rows of each source the steps before took, the source says
+where in which epoch that is. Asking for step 1,000,000 first costs one epoch's shuffle a source, and no replay.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from dla_train.config import DataConfig
-from dla_train.data.errors import CorpusTooSmallError, DataError, VocabularyError
+from dla_train.data.batch import Batch, check_share, micro_batches
+from dla_train.data.blend import Blend, Phase, Start
+from dla_train.data.cursor import CONSTANTS, DataState, differences, restored_position, source_state
+from dla_train.data.errors import DataError, VocabularyError
 from dla_train.data.indexed import TokenFiles
-from dla_train.data.order import document_order, locate_step, row_order
-from dla_train.data.packing import IGNORED_TARGET, EpochLayout, PackedRows, row_count
+from dla_train.data.order import place_order
+from dla_train.data.packing import PackedRows
+from dla_train.data.row_source import Position, RowSource
 from dla_train.data.tokenizer import Tokenizer, load_tokenizer
+from dla_train.data.validation import HeldOutSource
+from dla_train.data_config import training_phases, training_sources
 
-DataState = dict[str, int | str]
-"""Cursor of a run in its data, as a checkpoint stores it."""
+logger = logging.getLogger(__name__)
+
 _Request = tuple[int, int, int, int]  # step, rank, world, micro_batch_rows
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch of b rows.
+class SourceLedger:
+    """What the steps so far took of one source."""
 
-    tokens [b, T] int64; targets [b, T] int64, -100 where the next token is another document's first;
-    cu_seqlens [M+1] int32, document offsets into the flattened b*T tokens, row edges included.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor
-
-
-@dataclass(frozen=True)
-class CorpusReport:
-    """What one epoch holds and leaves out, in documents, tokens, rows and steps."""
-
-    documents: int
+    name: str
     tokens: int
+    """Positions of the rows read, padding of `best_fit` included."""
     rows: int
-    steps_per_epoch: int
-    dropped_tail_tokens: int
-    """Tokens at the end of an epoch's stream that fill no row."""
-    dropped_rows: int
-    """Rows of an epoch that fill no global batch; other ones every epoch."""
+    epochs: float
+    """Passes over the source, the present one in part."""
 
 
 class BatchSource:
-    """Training batches of `files`, in rows of `context_tokens`.
+    """Training batches of `sources` in the phases of a run, rows of `context_tokens` (the longest of the phases').
 
-    Raises CorpusTooSmallError if there is not one global batch (`held_out`: not one row) of tokens. `held_out` sources
-    give `validation_batches` only, in file order. `loader_workers` threads read ahead of the last step asked for.
+    A phase of a shorter context gets the same tokens in shorter rows. `loader_workers` threads read ahead of the last
+    step asked for. `allow_changed` lets `resume_step` take a cursor of other data.
     """
 
     def __init__(
         self,
-        files: TokenFiles,
+        sources: Sequence[RowSource],
+        phases: Sequence[Phase],
         *,
         context_tokens: int,
         global_batch_rows: int,
         seed: int,
-        vocab_size: int,
+        packing: str = "concatenate",
         loader_workers: int = 0,
-        held_out: bool = False,
+        pin_memory: bool = False,
+        allow_changed: bool = False,
     ) -> None:
-        self.files = files
-        self.context_tokens = context_tokens
-        self.global_batch_rows = global_batch_rows
-        self.seed = seed
-        self.vocab_size = vocab_size
-        self.held_out = held_out
-        self.rows = row_count(files.tokens, context_tokens)
-        needed = 1 if held_out else global_batch_rows
-        if self.rows < needed:
-            raise CorpusTooSmallError(
-                f"{', '.join(files.prefixes)} has {files.tokens} tokens = {self.rows} rows of "
-                f"data.context_tokens={context_tokens}, but {'a validation' if held_out else 'one global batch'} needs "
-                f"{needed} row(s); use more text, a shorter data.context_tokens or a smaller train.global_batch_rows"
-            )
-        self._layouts: dict[int, tuple[EpochLayout, NDArray[np.int64]]] = {}
-        self._layout_lock = Lock()
+        self.sources = {source.name: source for source in sources}
+        self.context_tokens, self.global_batch_rows, self.seed = context_tokens, global_batch_rows, seed
+        self.blend = Blend(phases, global_batch_rows)
+        self._packing, self._pin_memory, self._allow_changed = packing, pin_memory, allow_changed
+        self._changes: list[dict[str, object]] = []
+        self._gone: dict[str, object] = {}  # sources that were read and are no longer named
         self._workers = loader_workers
         self._pool = ThreadPoolExecutor(loader_workers, "batch-reader") if loader_workers else None
         self._ahead: dict[_Request, Future[list[Batch]]] = {}
 
     @property
     def tokens_per_step(self) -> int:
-        """Input tokens of one global batch."""
+        """Input tokens of one global batch, in every phase."""
         return self.global_batch_rows * self.context_tokens
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the sequence of batches: the files' contents, T, global batch, seed."""
-        parts = (self.files.fingerprint, self.context_tokens, self.global_batch_rows, self.seed)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        """sha256 of what never changes in a run: the constants that rows and their order are counted in."""
+        return hashlib.sha256(repr(sorted(self._constants().items())).encode()).hexdigest()
 
-    def report(self) -> CorpusReport:
-        """Sizes of an epoch."""
-        return CorpusReport(
-            documents=self.files.documents,
-            tokens=self.files.tokens,
-            rows=self.rows,
-            steps_per_epoch=self.rows // self.global_batch_rows,
-            dropped_tail_tokens=self.files.tokens - 1 - self.rows * self.context_tokens,
-            dropped_rows=self.rows % self.global_batch_rows,
-        )
+    def ledger(self, step: int) -> list[SourceLedger]:
+        """How far every source has been read after `step` steps, by name; a pure function of the step."""
+        rows = self.blend.ledger(step)
+        found = []
+        for name, source in sorted(self.sources.items()):
+            position = source.position(rows.get(name, 0))
+            epochs = position.epoch + position.row / source.rows_per_epoch
+            found.append(SourceLedger(name, position.rows * self.context_tokens, position.rows, epochs))
+        return found
+
+    def numbers(self, step: int) -> dict[str, float]:
+        """The ledger as metrics: tokens and epochs of every source."""
+        return {
+            f"{what}/{entry.name}": value
+            for entry in self.ledger(step)
+            for what, value in (("tokens", entry.tokens), ("epochs", entry.epochs))
+        }
 
     def batch(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[Batch]:
         """The micro-batches of one data-parallel rank in optimizer step `step` (0-based).
 
-        Raises DataError if the global batch does not divide into world * micro_batch_rows, or the source is held out.
+        micro_batch_rows counts rows of `context_tokens`; in a phase of a shorter context a micro-batch has as many more
+        of them. Raises DataError if the global batch does not divide into world * micro_batch_rows.
         """
-        self._check_share(rank, world, micro_batch_rows)
-        if self.held_out:
-            raise DataError(f"{', '.join(self.files.prefixes)} is held out; ask for validation_batches, not batch")
+        check_share(self.global_batch_rows, rank, world, micro_batch_rows)
         if self._pool is None:
-            return self._training_batch(step, rank, world, micro_batch_rows)
+            return self._batch(step, rank, world, micro_batch_rows)
         ahead: dict[_Request, Future[list[Batch]]] = {}
         for later in range(step, step + self._workers + 1):
             request = (later, rank, world, micro_batch_rows)
-            ahead[request] = self._ahead.get(request) or self._pool.submit(self._training_batch, *request)
+            ahead[request] = self._ahead.get(request) or self._pool.submit(self._batch, *request)
         for request, future in self._ahead.items():
             if request not in ahead:
                 future.cancel()
         self._ahead = ahead
         return ahead[step, rank, world, micro_batch_rows].result()
 
-    def validation_batches(
-        self, count: int, rank: int = 0, world: int = 1, micro_batch_rows: int = 1
-    ) -> Iterator[list[Batch]]:
-        """Up to `count` global batches in file order, each as this rank's micro-batches.
-
-        If the rows end inside the last batch it is filled with repeated rows whose targets are all -100, so every
-        rank makes the same number of equal micro-batches.
-        """
-        self._check_share(rank, world, micro_batch_rows)
-        layout = EpochLayout(self.files, np.arange(self.files.documents), self.context_tokens)
+    def rows(self, step: int, rank: int, world: int) -> tuple[PackedRows, list[str]]:
+        """A rank's rows of a step, of `context_tokens` whatever the phase, and the source of each."""
+        before, after = self.blend.ledger(step), self.blend.ledger(step + 1)
+        names = [name for name in sorted(after) if after[name] > before.get(name, 0)]
+        counts = [after[name] - before.get(name, 0) for name in names]
         share = self.global_batch_rows // world
-        for first in range(0, min(count * self.global_batch_rows, self.rows), self.global_batch_rows):
-            rows = first + rank * share + np.arange(share)
-            yield self._micro_batches(layout, rows % self.rows, rows < self.rows, micro_batch_rows)
+        if len(names) == 1:  # the general case would copy every row once more
+            return self.sources[names[0]].read(before.get(names[0], 0) + rank * share, share), names * share
+        source_of = np.repeat(np.arange(len(names)), counts)[place_order(self.global_batch_rows, self.seed, step)]
+        own = source_of[rank * share : (rank + 1) * share]
+        width = self.context_tokens + 1
+        rows = PackedRows(np.empty((share, width), np.int64), np.empty((share, width), np.bool_))
+        for index, name in enumerate(names):
+            places = own == index
+            skipped = int((source_of[: rank * share] == index).sum())
+            if places.any():
+                part = self.sources[name].read(before.get(name, 0) + skipped, int(places.sum()))
+                rows.tokens[places], rows.starts[places] = part.tokens, part.starts
+        return rows, [names[index] for index in own]
 
     def state(self, step: int) -> DataState:
-        """Cursor after `step` steps: tokens taken, epoch of the next batch, and what the cursor counts in."""
+        """Cursor after `step` steps (see cursor.py)."""
+        rows = self.blend.ledger(step)
+        sources = {name: source_state(source, rows.get(name, 0)) for name, source in self.sources.items()}
         return {
             "tokens": step * self.tokens_per_step,
-            "epoch": locate_step(step, self.rows, self.global_batch_rows).epoch,
-            "context_tokens": self.context_tokens,
-            "global_batch_rows": self.global_batch_rows,
-            "seed": self.seed,
-            "files": self.files.fingerprint,
-            "fingerprint": self.fingerprint,
+            **self._constants(),
+            "timeline": self.blend.timeline(step),
+            "sources": sources | self._gone,
+            "changes": self._changes,
         }
 
     def resume_step(self, state: DataState) -> int:
-        """Step to continue at from a saved cursor. Raises DataError, naming what differs, if it is of other data."""
-        here = self.state(0)
-        for key in ("files", "context_tokens", "global_batch_rows", "seed", "fingerprint"):
-            if state.get(key) != here[key]:
-                raise DataError(
-                    f"the checkpoint was trained on data with {key}={state.get(key)}, this run has {here[key]}; "
-                    "resume with the same data, seed and batch, or start a new run"
-                )
+        """Go on from a saved cursor; returns the step to continue at.
+
+        Raises DataError, naming what differs, where the cursor is of other data and `allow_changed` is not set.
+        """
+        found = differences(state, self._constants(), self.blend, self.sources)
+        if found and not self._allow_changed:
+            raise DataError(
+                f"the checkpoint was trained on other data: {'; '.join(found)}. Resume with that run's files and "
+                "past phases (later ones may change), or say data.allow_changed=true to go on with these"
+            )
         tokens = state.get("tokens")
         if not isinstance(tokens, int) or tokens < 0 or tokens % self.tokens_per_step:
             raise DataError(
                 f"the checkpoint's data cursor, tokens={tokens}, is no multiple of the {self.tokens_per_step} of "
                 "one step; resume from another checkpoint"
             )
-        return tokens // self.tokens_per_step
+        step = tokens // self.tokens_per_step
+        self._changes = list(state["changes"])
+        if found:
+            self._changes.append({"tokens": state["tokens"], "changed": found})
+            logger.warning("data.allow_changed: going on after step %d with changed data: %s", step, "; ".join(found))
+        stored = state["sources"]
+        for name, source in self.sources.items():
+            source.go_on_from(restored_position(source, stored[name]) if name in stored else Position())
+        self._gone = {name: entry for name, entry in stored.items() if name not in self.sources}
+        self.blend = Blend(
+            self.blend.phases,
+            self.global_batch_rows,
+            Start(step, {name: entry["rows"] for name, entry in stored.items()}),
+        )
+        return step
 
     def close(self) -> None:
         """Stop the reading threads."""
@@ -188,46 +194,16 @@ class BatchSource:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool, self._ahead = None, {}
 
-    def _check_share(self, rank: int, world: int, micro_batch_rows: int) -> None:
-        if world < 1 or micro_batch_rows < 1 or self.global_batch_rows % (world * micro_batch_rows):
-            raise DataError(
-                f"train.global_batch_rows={self.global_batch_rows} is not divisible by data-parallel ranks ({world}) x "
-                f"train.micro_batch_rows={micro_batch_rows}"
-            )
-        if not 0 <= rank < world:
-            raise DataError(f"rank {rank} is not in a data-parallel group of {world}")
+    def _constants(self) -> dict[str, int | str]:
+        values = (self.context_tokens, self.global_batch_rows, self.seed, self._packing)
+        return dict(zip(CONSTANTS, values, strict=True))
 
-    def _training_batch(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[Batch]:
-        position = locate_step(step, self.rows, self.global_batch_rows)
-        layout, order = self._epoch(position.epoch)
-        share = self.global_batch_rows // world
-        begin = position.first_row + rank * share
-        return self._micro_batches(layout, order[begin : begin + share], np.ones(share, np.bool_), micro_batch_rows)
-
-    def _epoch(self, epoch: int) -> tuple[EpochLayout, NDArray[np.int64]]:
-        """Layout and row order of an epoch; two are kept, for reading ahead over the edge."""
-        with self._layout_lock:
-            if epoch not in self._layouts:
-                if len(self._layouts) >= 2:
-                    del self._layouts[min(self._layouts)]
-                documents = document_order(self.files.documents, self.seed, epoch)
-                layout = EpochLayout(self.files, documents, self.context_tokens)
-                self._layouts[epoch] = (layout, row_order(self.rows, self.seed, epoch))
-            return self._layouts[epoch]
-
-    def _micro_batches(
-        self, layout: EpochLayout, rows: NDArray[np.int64], counted: NDArray[np.bool_], micro_batch_rows: int
-    ) -> list[Batch]:
-        packed = layout.cut(rows)
-        if packed.tokens.max() >= self.vocab_size or packed.tokens.min() < 0:
-            raise VocabularyError(
-                f"{', '.join(self.files.prefixes)} holds token id {packed.tokens.max()}, but model.vocab_size="
-                f"{self.vocab_size}; use the tokenizer the files were written with, or a larger model.vocab_size"
-            )
-        return [
-            _to_batch(packed, counted, begin, begin + micro_batch_rows)
-            for begin in range(0, len(rows), micro_batch_rows)
-        ]
+    def _batch(self, step: int, rank: int, world: int, micro_batch_rows: int) -> list[Batch]:
+        rows, _ = self.rows(step, rank, world)
+        context = self.blend.phase(step).context_tokens
+        if context != self.context_tokens:
+            rows, micro_batch_rows = rows.split(context), micro_batch_rows * (self.context_tokens // context)
+        return micro_batches(rows, micro_batch_rows, pin_memory=self._pin_memory)
 
 
 @dataclass(frozen=True)
@@ -236,13 +212,15 @@ class DataSources:
 
     tokenizer: Tokenizer
     train: BatchSource
-    validation: BatchSource | None
+    validation: HeldOutSource | None
 
 
-def open_sources(data: DataConfig, *, global_batch_rows: int, seed: int, vocab_size: int) -> DataSources:
+def open_sources(
+    data: DataConfig, *, global_batch_rows: int, seed: int, vocab_size: int, pin_memory: bool = False
+) -> DataSources:
     """Open a run's tokenizer and files and check them against each other and the model's `vocab_size`.
 
-    Raises a subclass of DataError; nothing is written.
+    Raises a subclass of DataError, or ConfigError for data.train and data.phases; nothing is written.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab_size:
@@ -251,28 +229,53 @@ def open_sources(data: DataConfig, *, global_batch_rows: int, seed: int, vocab_s
             f"{data.tokenizer}; set model.vocab_size to at least {tokenizer.vocab_size}"
         )
 
-    def source(prefixes: list[str], *, held_out: bool, workers: int) -> BatchSource:
-        return BatchSource(
-            TokenFiles(prefixes, tokenizer=tokenizer, vocab_size=vocab_size),
+    def files(prefixes: Sequence[str]) -> TokenFiles:
+        return TokenFiles(prefixes, tokenizer=tokenizer, vocab_size=vocab_size)
+
+    train = training_batches(
+        data,
+        {source.name: files(source.prefixes) for source in training_sources(data)},
+        global_batch_rows=global_batch_rows,
+        seed=seed,
+        pin_memory=pin_memory,
+    )
+    held_out = None
+    if data.validation:
+        held_out = HeldOutSource(
+            files(data.validation), context_tokens=data.context_tokens, global_batch_rows=global_batch_rows
+        )
+    return DataSources(tokenizer, train, held_out)
+
+
+def training_batches(
+    data: DataConfig, files: dict[str, TokenFiles], *, global_batch_rows: int, seed: int, pin_memory: bool = False
+) -> BatchSource:
+    """The batches of `data` from its opened files, by source. Raises CorpusTooSmallError, ConfigError."""
+    sources = [
+        RowSource(
+            source.name,
+            files[source.name],
             context_tokens=data.context_tokens,
             global_batch_rows=global_batch_rows,
             seed=seed,
-            vocab_size=vocab_size,
-            loader_workers=workers,
-            held_out=held_out,
+            packing=data.packing,
+            whole_batches=source.whole_batches,
         )
-
-    train = source(list(data.train), held_out=False, workers=data.loader_workers)
-    validation = source(list(data.validation), held_out=True, workers=0) if data.validation else None
-    return DataSources(tokenizer, train, validation)
-
-
-def _to_batch(packed: PackedRows, counted: NDArray[np.bool_], begin: int, end: int) -> Batch:
-    rows = PackedRows(packed.tokens[begin:end], packed.starts[begin:end])
-    targets = rows.targets()
-    targets[~counted[begin:end]] = IGNORED_TARGET
-    return Batch(
-        tokens=torch.from_numpy(np.ascontiguousarray(rows.tokens[:, :-1])),
-        targets=torch.from_numpy(targets),
-        cu_seqlens=torch.from_numpy(rows.cu_seqlens()),
+        for source in training_sources(data)
+    ]
+    step_tokens = global_batch_rows * data.context_tokens
+    phases = [
+        Phase(-(-phase.start_tokens // step_tokens), phase.weights, phase.context_tokens)
+        for phase in training_phases(data)
+    ]
+    return BatchSource(
+        sources,
+        phases,
+        context_tokens=data.context_tokens,
+        global_batch_rows=global_batch_rows,
+        seed=seed,
+        packing=data.packing,
+        loader_workers=data.loader_workers,
+        pin_memory=pin_memory,
+        allow_changed=data.allow_changed,
     )

@@ -64,4 +64,16 @@ def read_manifest(path: Path) -> Manifest:
     names = {item.name for item in dataclasses.fields(Manifest)}
     if not isinstance(contents, dict) or set(contents) != names or contents["format_version"] != FORMAT_VERSION:
         raise TokenFileError(f"{path} is not a version {FORMAT_VERSION} manifest of a token file; {remake}")
+    for item in dataclasses.fields(Manifest):
+        value = contents[item.name]
+        if not _is_of_type(value, str(item.type)):
+            raise TokenFileError(f"{path} has {item.name}={value!r}, which is not of its type {item.type}; {remake}")
     return Manifest(**contents)
+
+
+def _is_of_type(value: object, annotation: str) -> bool:
+    if annotation == "list[str]":
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if annotation == "int":
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, {"str": str, "bool": bool}[annotation])

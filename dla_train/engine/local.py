@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,16 +48,18 @@ class LocalEngine:
             self._complete_gradients()
 
     def step(self, lr: float) -> StepResult:
-        grad_norm = gradient_norm(self._parameters, self._tensor)
-        nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm or float("inf"), grad_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        total = gradient_norm(self._parameters, self._tensor)
+        grad_norm = float(total)  # of all ranks' gradients: the same number everywhere
+        if math.isfinite(grad_norm):
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm or float("inf"), total)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
         if self._sum is None:
             self._optimizer.zero_grad(set_to_none=True)
         else:
             self._sum.clear()
-        return StepResult(grad_norm=float(grad_norm))
+        return StepResult(grad_norm, applied=math.isfinite(grad_norm))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         parts = state_shapes(self.module).items()

@@ -15,6 +15,8 @@ class StepResult:
 
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
+    applied: bool
+    """Whether anything was updated: not where the norm is not finite. The same on every rank."""
 
 
 class Engine(Protocol):
@@ -30,7 +32,7 @@ class Engine(Protocol):
         """
 
     def step(self, lr: float) -> StepResult:
-        """Clip, update at learning rate `lr`, and clear the gradients."""
+        """Clip, update at learning rate `lr`, and clear the gradients; one that is not finite changes nothing else."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every tensor of the state, by logical name."""

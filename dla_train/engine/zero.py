@@ -7,6 +7,7 @@ decays, thresholds, gains) are then read in float32 all the same, see `exact` in
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -75,12 +76,11 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> StepResult:
         for group in self.module.optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = float(self._whole_norm()) if self._stage == 0 else None
+        if self._stage == 0:
+            return self._step_without_zero()
         self.module.step()
-        if grad_norm is None:
-            grad_norm = float(self.module.get_global_grad_norm())
         self._refresh_exact()
-        return StepResult(grad_norm=grad_norm)
+        return StepResult(float(self.module.get_global_grad_norm()), applied=self.module.was_step_applied())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         ranks = self._axes.tensor.size
@@ -195,6 +195,11 @@ class DeepSpeedEngine:
             return list(outer.fp32_partitioned_groups_flat)
         return [part for group in outer.optimizer.param_groups for part in group["params"]]
 
-    def _whole_norm(self) -> Tensor:
-        """Norm at stage 0, where DeepSpeed reports none; gradients are whole and summed over data ranks by now."""
-        return gradient_norm(self._bare_module.parameters(), self._axes.tensor)
+    def _step_without_zero(self) -> StepResult:
+        """A step of stage 0, where DeepSpeed reports no norm; gradients are whole and summed over data ranks by now."""
+        grad_norm = float(gradient_norm(self._bare_module.parameters(), self._axes.tensor))
+        if math.isfinite(grad_norm):
+            self.module.step()
+        else:
+            self.module.zero_grad()
+        return StepResult(grad_norm, applied=math.isfinite(grad_norm))

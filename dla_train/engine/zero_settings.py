@@ -102,7 +102,7 @@ def deepspeed_config(config: Config, axes: Axes, device: str) -> dict[str, Any]:
     }
     if config.engine.weights == "bfloat16":
         # at stage 1 gradients of earlier micro-batches would otherwise be added once more with every later one
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
     return settings

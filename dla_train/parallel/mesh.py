@@ -103,6 +103,13 @@ class Mesh:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return float(largest)
 
+    def largest(self, number: int) -> int:
+        """Largest `number` of the ranks, through the host: no device is waited for."""
+        found = torch.tensor(number, dtype=torch.int64)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def any(self, flag: bool) -> bool:
         """Whether any rank raised `flag`; every rank gets the same answer."""
         return self.max(float(flag)) > 0

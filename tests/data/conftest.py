@@ -1,5 +1,6 @@
 """Token files for the data tests: small corpora whose every token is known."""
 
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -9,7 +10,7 @@ import pytest
 
 from data_prep.sources import text_sources
 from data_prep.train_tokenizer import train_tokenizer
-from dla_train.data.indexed import TokenFileWriter
+from dla_train.data.indexed import TokenFiles, TokenFileWriter
 from dla_train.data.manifest import Manifest
 from dla_train.data.tokenizer import SentencePieceTokenizer
 
@@ -53,6 +54,17 @@ def write_files(tmp_path: Path) -> WriteFiles:
         return prefix
 
     return write
+
+
+def numbered_files(folder: Path, lengths: Sequence[int], name: str = "numbered", first: int = 1) -> TokenFiles:
+    """Token files of tokens first, first + 1, ..., in documents of `lengths`; written bare, for many examples."""
+    sizes = np.array(lengths, dtype="<i4")
+    ends = np.cumsum(sizes, dtype=np.int64)
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, len(sizes), len(sizes) + 1)
+    pointers, edges = (ends - sizes) * 4, np.arange(len(sizes) + 1, dtype="<i8")
+    (folder / f"{name}.idx").write_bytes(header + sizes.tobytes() + pointers.tobytes() + edges.tobytes())
+    np.arange(first, first + ends[-1], dtype="<i4").tofile(folder / f"{name}.bin")
+    return TokenFiles([folder / name])
 
 
 @pytest.fixture

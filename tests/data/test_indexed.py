@@ -31,6 +31,7 @@ def test_a_megatron_file_without_manifest_is_read_and_sequences_join_into_docume
     tmp_path: Path, dtype: type
 ) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=dtype)
+    builder.add_document(np.array([], dtype=dtype), [0])  # an empty document
     builder.add_document(np.array([1, 2, 3, 4, 5]), [2, 3])  # two sequences (sentences) of one document
     builder.add_document(np.array([], dtype=dtype), [0])  # an empty document
     builder.add_document(np.array([6, 7]), [2])
@@ -121,7 +122,7 @@ def test_idx_with_bytes_too_many_is_an_error(write_files: WriteFiles) -> None:
         (34 + 36, struct.pack("<q", 1), "out of order"),
         (34 + 36 + 8, struct.pack("<q", 3), "out of order"),
         (34 + 36 + 24, struct.pack("<q", 2), "ends its last document at 2 of 3"),
-        (34 + 36 + 24, struct.pack("<q", -1), "ends its last document at -1 of 3"),
+        (34 + 36 + 24, struct.pack("<q", -1), "out of order"),
     ],
 )
 def test_corrupt_idx_is_an_error(write_files: WriteFiles, offset: int, packed: bytes, message: str) -> None:
@@ -140,6 +141,25 @@ def test_bin_of_another_file_is_an_error(write_files: WriteFiles) -> None:
     Path(f"{b}.bin").replace(f"{a}.bin")
     with pytest.raises(TokenFileError, match=r"a\.bin has 4 bytes .* describes 16"):
         TokenFiles([a])
+
+
+def test_bin_with_bytes_too_many_is_an_error(write_files: WriteFiles) -> None:
+    prefix = write_files(DOCUMENTS)
+    with Path(f"{prefix}.bin").open("ab") as stream:
+        stream.write(b"\0\0")
+    with pytest.raises(TokenFileError, match=r"corpus\.bin has 18 bytes .* describes 16"):
+        TokenFiles([prefix])
+
+
+def test_negative_lengths_with_pointers_to_match_are_an_error(write_files: WriteFiles) -> None:
+    prefix = write_files([[5, 6, 7], [1, 1], [2, 3, 4]])
+    path = Path(f"{prefix}.idx")
+    contents = bytearray(path.read_bytes())
+    contents[34:46] = struct.pack("<3i", 10, -5, 3)
+    contents[46:70] = struct.pack("<3q", 0, 20, 10)
+    path.write_bytes(contents)
+    with pytest.raises(TokenFileError, match=r"corpus\.idx has document edges or lengths out of order"):
+        TokenFiles([prefix])
 
 
 def test_manifest_of_another_file_is_an_error(write_files: WriteFiles) -> None:

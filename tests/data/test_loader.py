@@ -1,6 +1,7 @@
 """Batches: against a token-by-token reference, the same under every split, every token once, and the errors."""
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,27 +10,34 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dla_train.config import DataConfig
+from dla_train.data.blend import Phase
 from dla_train.data.errors import CorpusTooSmallError, DataError, TokenizerError, VocabularyError
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.loader import Batch, BatchSource, open_sources
 from dla_train.data.order import document_order, row_order
+from dla_train.data.row_source import RowSource
 from dla_train.data.tokenizer import SentencePieceTokenizer
+from dla_train.data.validation import HeldOutSource
 
 WriteFiles = Callable[..., str]
 RandomDocuments = Callable[..., list[list[int]]]
 
 
 def make_source(
-    files: TokenFiles, context: int = 16, rows: int = 8, seed: int = 3, **options: int | bool
+    files: TokenFiles, context: int = 16, rows: int = 8, seed: int = 3, loader_workers: int = 0
 ) -> BatchSource:
-    return BatchSource(
-        files,
-        context_tokens=context,
-        global_batch_rows=rows,
-        seed=seed,
-        vocab_size=100_000,
-        **options,  # type: ignore[arg-type]
-    )
+    """What a plain list of prefixes gives: one source, whole batches."""
+    shape = {"context_tokens": context, "global_batch_rows": rows, "seed": seed}
+    source = RowSource("train", files, whole_batches=True, **shape)
+    return BatchSource([source], [Phase(0, {"train": Fraction(1)}, context)], loader_workers=loader_workers, **shape)
+
+
+def rows_of(source: BatchSource) -> int:
+    return source.sources["train"].rows
+
+
+def held_out(files: TokenFiles, context: int = 16, rows: int = 8) -> HeldOutSource:
+    return HeldOutSource(files, context_tokens=context, global_batch_rows=rows)
 
 
 def joined(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -73,10 +81,10 @@ def test_batches_equal_the_token_by_token_reference(
     files: TokenFiles, documents: list[list[int]], context: int, step: int, seed: int, rows: int
 ) -> None:
     source = make_source(files, context=context, rows=rows, seed=seed)
-    steps_per_epoch = source.report().steps_per_epoch
+    steps_per_epoch = rows_of(source) // rows
     epoch, inside = divmod(step, steps_per_epoch)
     all_rows = reference_rows(documents, document_order(len(documents), seed, epoch), context)
-    assert len(all_rows) == source.rows
+    assert len(all_rows) == rows_of(source)
     chosen = [all_rows[i] for i in row_order(len(all_rows), seed, epoch)[inside * rows : (inside + 1) * rows]]
     tokens, targets, offsets = joined(source.batch(step, 0, 1, rows))
     assert tokens.tolist() == [[token for token, _, _ in row] for row in chosen]
@@ -102,19 +110,20 @@ def test_global_batch_is_the_same_for_every_world_micro_size_and_thread_count(
 
 def test_every_token_is_seen_exactly_once_in_an_epoch_but_for_the_counted_rest(files: TokenFiles) -> None:
     source = make_source(files, context=10, rows=4)
-    report = source.report()
+    tokens, rows = files.tokens, rows_of(source)
+    tail, dropped, per_epoch = tokens - 1 - 10 * rows, rows % 4, rows // 4
     for epoch in range(3):
-        steps = range(epoch * report.steps_per_epoch, (epoch + 1) * report.steps_per_epoch)
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
         seen = torch.cat([b.tokens.flatten() for step in steps for b in source.batch(step, 0, 1, 2)])
         assert len(seen.unique()) == len(seen)
-        assert len(seen) == report.tokens - 1 - report.dropped_tail_tokens - 10 * report.dropped_rows
-    assert report.dropped_tail_tokens < 10 and report.dropped_rows < 4
+        assert len(seen) == tokens - 1 - tail - 10 * dropped
+    assert 0 <= tail < 10
 
 
 def test_epochs_differ_and_leave_out_different_rows(files: TokenFiles) -> None:
     source = make_source(files, context=10, rows=7)
-    steps = source.report().steps_per_epoch
-    assert source.report().dropped_rows > 0
+    steps = rows_of(source) // 7
+    assert rows_of(source) % 7
     seen = [
         frozenset(
             int(t)
@@ -139,7 +148,7 @@ def test_seeking_equals_iterating(files: TokenFiles) -> None:
 def test_a_distant_step_needs_no_replay(files: TokenFiles) -> None:
     source = make_source(files)
     assert source.batch(10**12, 0, 1, 8)[0].tokens.shape == (8, 16)
-    assert source.state(10**12)["epoch"] == 10**12 // source.report().steps_per_epoch
+    assert source.state(10**12)["sources"]["train"]["epoch"] == 10**12 // (rows_of(source) // 8)
 
 
 def test_batch_types_and_row_edges(files: TokenFiles) -> None:
@@ -184,15 +193,14 @@ def test_resuming_on_other_files_is_refused(
     files: TokenFiles, write_files: WriteFiles, documents: list[list[int]]
 ) -> None:
     other = TokenFiles([write_files(documents[::-1], "c", vocab_size=60_000)])
-    with pytest.raises(DataError, match="files="):
+    with pytest.raises(DataError, match=r"source train was read from files=.*/c has .*data\.allow_changed=true"):
         make_source(other).resume_step(make_source(files).state(5))
-    assert make_source(other).fingerprint != make_source(files).fingerprint
 
 
 def test_validation_is_in_file_order_and_the_same_for_every_world(
     files: TokenFiles, documents: list[list[int]]
 ) -> None:
-    source = make_source(files, held_out=True)
+    source = held_out(files)
     expected = reference_rows(documents, np.arange(len(documents)), 16)
     whole = [joined(batches) for batches in source.validation_batches(3, 0, 1, 8)]
     assert torch.cat([tokens for tokens, _, _ in whole]).tolist() == [[t for t, _, _ in row] for row in expected[:24]]
@@ -206,7 +214,7 @@ def test_validation_shorter_than_asked_counts_every_row_once_on_equal_ranks(
     files: TokenFiles, documents: list[list[int]]
 ) -> None:
     rows = len(reference_rows(documents, np.arange(len(documents)), 16))
-    source = make_source(files, rows=32, held_out=True)
+    source = held_out(files, rows=32)
     assert rows % 32
     ranks = [list(source.validation_batches(100, rank, 4, 2)) for rank in range(4)]
     assert {len(batches) for rank in ranks for batches in rank} == {4}
@@ -215,12 +223,10 @@ def test_validation_shorter_than_asked_counts_every_row_once_on_equal_ranks(
 
 
 def test_held_out_source_may_be_smaller_than_a_global_batch_but_not_than_a_row(files: TokenFiles) -> None:
-    source = make_source(files, rows=1024, held_out=True)
+    source = held_out(files, rows=1024)
     assert len(list(source.validation_batches(5, 0, 1, 64))) == 1
-    with pytest.raises(DataError, match="held out"):
-        source.batch(0, 0, 1, 64)
     with pytest.raises(CorpusTooSmallError, match="a validation needs 1 row"):
-        make_source(files, context=5000, held_out=True)
+        held_out(files, context=5000)
 
 
 def test_corpus_smaller_than_a_global_batch_is_an_error_with_the_mend(files: TokenFiles) -> None:
@@ -249,8 +255,8 @@ def test_impossible_shares_are_refused(files: TokenFiles, rank: int, world: int,
 @pytest.mark.parametrize("workers", [0, 2])
 def test_token_beyond_the_model_is_refused_even_without_a_manifest(write_files: WriteFiles, workers: int) -> None:
     files = TokenFiles([write_files([list(range(200))], manifest=False)], vocab_size=199)
-    source = BatchSource(files, context_tokens=199, global_batch_rows=1, seed=0, vocab_size=199, loader_workers=workers)
-    with pytest.raises(VocabularyError, match=r"corpus holds token id 199, but model\.vocab_size=199"):
+    source = make_source(files, context=199, rows=1, loader_workers=workers)
+    with pytest.raises(VocabularyError, match=r"corpus\.bin holds token id 199 in document 0, but .*vocab_size=199"):
         source.batch(0, 0, 1, 1)
     source.close()
 

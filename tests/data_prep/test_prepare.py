@@ -28,7 +28,8 @@ def test_from_a_folder_of_text_to_training_batches(
     sources = open_sources(data, global_batch_rows=4, seed=0, vocab_size=512)
     assert sources.train.batch(3, 0, 1, 2)[1].tokens.shape == (2, 64)
     assert sources.validation is not None
-    assert sources.train.files.bytes_per_token is not None and sources.train.files.bytes_per_token > 1.2
+    files = sources.train.sources["train"].files
+    assert files.bytes_per_token is not None and files.bytes_per_token > 1.2
 
 
 def test_a_hugging_face_dataset_is_an_input(tokenizer_path: Path, tmp_path: Path) -> None:

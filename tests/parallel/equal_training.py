@@ -7,6 +7,7 @@ takes its share of them in micro-batches of one row.
 import dataclasses
 import functools
 import json
+import math
 import warnings
 
 import torch
@@ -203,4 +204,31 @@ def initial_differences(axes, stage, weights):
     found = {name: tensor.clone() for name, tensor in state}
     expected = build_model(config, ranks.device).state_dict()
     assert found.keys() == expected.keys()
+    return {"differ": "; ".join(name for name, tensor in expected.items() if not torch.equal(found[name], tensor))}
+
+
+def poisoned(axes, stage, weights):
+    """What differs, after three steps of which the second met gradients that are not finite, from the first and third.
+
+    A NaN on rank 0 alone: "" where every rank left out the second step whole, and said so.
+    """
+    warnings.simplefilter("ignore")
+    config = configuration("gated_deltanet", "dla", {"engine.weights": weights}, axes, stage, weights)
+    mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
+
+    def state_after(steps):
+        engine = build_engine(config, meta_model(config, axes).train(), mesh)
+        for step in steps:
+            poison = step == 2 and mesh.rank == 0
+            share = 4 // axes.data.size
+            tokens, targets, edges = rows_of(step, 4, packed=True)
+            for row in range(axes.data.rank * share, (axes.data.rank + 1) * share):
+                output = engine.module(tokens[row : row + 1], edges)
+                nats, _, count = engine.module.token_loss(output.logits, targets[row : row + 1])
+                engine.backward(nats / count * (float("nan") if poison else 1.0), last=row % share == share - 1)
+            result = engine.step(2e-3)
+            assert result.applied == (step != 2) == math.isfinite(result.grad_norm), (step, result)
+        return {name: tensor.clone() for name, tensor in engine.export_state() if not name.endswith("statistics")}
+
+    expected, found = state_after((1, 3)), state_after((1, 2, 3))
     return {"differ": "; ".join(name for name, tensor in expected.items() if not torch.equal(found[name], tensor))}

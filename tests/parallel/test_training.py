@@ -49,6 +49,12 @@ STARTS = [
     for layout in LAYOUTS
     for stage, weights in ((LOCAL, "float32"), (1, "bfloat16"), (3, "float32"), (3, "bfloat16"))
 ]
+POISONED = [
+    Check("poisoned", **layout, arguments={"stage": stage, "weights": weights})
+    for layout in LAYOUTS
+    for stage, weights in ((LOCAL, "float32"), *((stage, "float32") for stage in range(4)))
+]
+POISONED += [Check("poisoned", tensor=2, arguments={"stage": stage, "weights": "bfloat16"}) for stage in STAGES]
 
 
 def named(check: Check) -> str:
@@ -62,7 +68,8 @@ def named(check: Check) -> str:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = tmp_path_factory.mktemp("training")
-    return run_on_ranks("tests.parallel.equal_training", [*FLOAT32, *BFLOAT16, *BUGS, *STARTS], 2, folder, 600)
+    checks = [*FLOAT32, *BFLOAT16, *BUGS, *STARTS, *POISONED]
+    return run_on_ranks("tests.parallel.equal_training", checks, 2, folder, 600)
 
 
 @pytest.mark.parametrize("check", FLOAT32, ids=named)
@@ -82,6 +89,11 @@ def test_a_planted_bug_is_found(outcomes: Outcomes, check: Check) -> None:
 
 @pytest.mark.parametrize("check", STARTS, ids=named)
 def test_every_layout_and_engine_starts_from_the_same_numbers(outcomes: Outcomes, check: Check) -> None:
+    assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
+
+
+@pytest.mark.parametrize("check", POISONED, ids=named)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(outcomes: Outcomes, check: Check) -> None:
     assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
 
 

@@ -62,3 +62,25 @@ def numbers_of(run_dir: str | Path, *names: str) -> list[tuple[float, ...]]:
 def tensors_of(run_dir: str | Path, step: int) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
     return dict(open_step(run_dir, step)[0].tensors("model", "optim", "rng"))
+
+
+def write_corpus(folder: Path) -> list[str]:
+    """Prepare a small corpus of under 8 steps an epoch; the overrides that name it, its held-out part and tokenizer."""
+    from data_prep.sources import text_sources
+    from data_prep.train_tokenizer import train_tokenizer
+    from data_prep.write_tokens import write_tokens
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(60):
+        lines = range(1, 4 + index % 5)
+        words = " ".join(f"line {index * line % 13} adds {line * line % 17} to {index}" for line in lines)
+        (folder / f"{index:02}.txt").write_text(f"{words}. Gr\u00fc\u00dfe {index}\n", encoding="utf-8")
+    sources = text_sources(sorted(folder.glob("*.txt")))
+    tokenizer = train_tokenizer(sources, folder / "tiny.model", 310, progress=False).path
+    part = text_sources(sorted(folder.glob("*.txt"))[:36])
+    write_tokens(part, folder / "tiny", tokenizer, validation_fraction=0.2, progress=False)
+    return [
+        f"data.train=[{folder}/tiny_train]",
+        f"data.validation=[{folder}/tiny_validation]",
+        f"data.tokenizer={tokenizer}",
+    ]

@@ -120,7 +120,7 @@ def test_the_test_corpus_makes_the_resumed_run_cross_an_epoch(tiny: MakeConfig) 
     config = tiny()
     train(config)
     folder = checkpoint_folder(Path(config.run_dir) / "checkpoints", 8)
-    assert json.loads((folder / "trainer.json").read_text())["data"]["epoch"] >= 1
+    assert json.loads((folder / "trainer.json").read_text())["data"]["sources"]["train"]["epoch"] >= 1
 
 
 def test_a_half_written_checkpoint_is_passed_over_for_the_last_complete_one(tiny: MakeConfig, tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""The optimizer steps of one start: train, log, validate, save, and hear of signals and bad numbers.
+
+Whatever decides the course of a run (stop, validate, save, go back) is a function of the step or of numbers that are
+equal on every rank, so all ranks take the same turn at the same step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dla_train.checkpoint import Checkpointer
+from dla_train.config import Config
+from dla_train.data.loader import Batch, DataSources
+from dla_train.data.packing import IGNORED_TARGET
+from dla_train.engine import Engine
+from dla_train.evaluate.held_out import HeldOut, held_out_loss
+from dla_train.optim import gate_temperature, learning_rate
+from dla_train.parallel.mesh import Mesh
+from dla_train.resilience.diagnosis import first_not_finite
+from dla_train.resilience.guard import Guard, Judgement
+from dla_train.resilience.journal import Rewind, data_position, data_step
+from dla_train.resilience.stopping import StopSignals
+from dla_train.resilience.watchdog import Watchdog
+from dla_train.run_log import RunLog
+
+logger = logging.getLogger("dla_train.train")
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """How a loop ended."""
+
+    step: int
+    """Optimizer steps done, over all starts."""
+    loss: float | None = None
+    """Training loss of the last logged step in nats per token; None if there was none."""
+    validation: HeldOut | None = None
+    """The last validation."""
+    stopped_by: str = ""
+    """The signal that ended it; everything is saved."""
+    judgement: Judgement | None = None
+    """Why the run has to go back to a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a run's steps need, made by `train.py`."""
+
+    config: Config
+    mesh: Mesh
+    sources: DataSources
+    engine: Engine
+    checkpointer: Checkpointer
+    log: RunLog
+    signals: StopSignals
+    watchdog: Watchdog
+    rewinds: Sequence[Rewind]
+    """All returns to checkpoints so far: they say which data a step reads."""
+
+    @property
+    def last(self) -> int:
+        """The step at which this start ends."""
+        return self.config.train.stop_at_step or self.config.train.steps
+
+    def run(self, done: int) -> LoopResult:
+        """Train until the last step, a signal, or a judgement; `done` steps were done before this start."""
+        begun, guard, result, owed = done, Guard(self.config.resilience), LoopResult(done), False
+        self.log.clock.restart()
+        while done < self.last:
+            if stopped_by := self.signals.agreed(self.mesh):
+                if done > begun:
+                    self._save(done, wait=True)
+                return replace(result, stopped_by=stopped_by)
+            self.watchdog.enter("step" if done > begun else "first_step")
+            step = self._train_step(done, wants_loss=guard.wants_losses)
+            done += 1
+            loss = result.loss if step.loss is None else step.loss
+            result = replace(result, step=done, loss=loss)
+            judgement = guard.judge(done, step.loss, skipped=not step.applied)
+            if not step.applied:
+                self._explain(done, step.batches, step.grad_norm)
+            if judgement.rewind:
+                return replace(result, judgement=judgement)
+            if self._validation_due(done):
+                with self.watchdog.phase("validation"):
+                    result = replace(result, validation=self._validate(done))
+            owed = owed or self.checkpointer.due(done, done == self.last)
+            if owed and (done == self.last or not guard.doubts):  # else good checkpoints would make room for bad ones
+                self._save(done, wait=done == self.last)
+                owed = False
+        return result
+
+    def _train_step(self, done: int, *, wants_loss: bool) -> _Step:
+        """Step `done` + 1, with its line where one is due."""
+        config, clock, step = self.config, self.log.clock, done + 1
+        due = self.log.due(step, self.last)
+        clock.synchronize = due
+        with clock.phase("data"):
+            batches = self.sources.train.batch(
+                data_step(done, self.rewinds), self.mesh.data_rank, self.mesh.data_size, config.train.micro_batch_rows
+            )
+        with clock.phase("exchange"):
+            targets = self._target_count(batches)
+        temperature = gate_temperature(config.memory, config.train.steps, step)
+        sums = torch.zeros(2, device=self.mesh.device)
+        for index, batch in enumerate(batches):
+            with clock.phase("forward"):
+                nats, partition = self._losses(batch, temperature)
+            with clock.phase("backward"):
+                self.engine.backward((nats + partition) / targets, last=index == len(batches) - 1)
+            sums += torch.stack([nats.detach(), partition.detach()])
+        lr = learning_rate(config.optim, config.train.steps, step)
+        with clock.phase("step"):
+            taken = self.engine.step(lr)
+        self.log.end_step(self.sources.train.tokens_per_step)
+        loss = None
+        if due or wants_loss:
+            with clock.phase("exchange"):
+                loss, partition_loss = (self.mesh.sum(sums, self.mesh.axes.batch) / targets).tolist()
+            if due:
+                numbers = {"loss": loss, "lr": lr, "grad_norm": taken.grad_norm}
+                numbers |= self.sources.train.numbers(data_position(step, self.rewinds))
+                self.log.training(step, numbers | ({"z_loss": partition_loss} if config.optim.z_loss else {}))
+        return _Step(loss, taken.grad_norm, taken.applied, batches)
+
+    def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        device = self.mesh.device
+        tokens, cu_seqlens = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.cu_seqlens))
+        output = self.engine.module(tokens, cu_seqlens, gate_temperature=temperature)
+        loss = self.engine.module.token_loss
+        nats, partition, _ = loss(output.logits, batch.targets.to(device, non_blocking=True), self.config.optim.z_loss)
+        return nats, partition
+
+    def _loss(self, batch: Batch, temperature: float) -> Tensor:
+        nats, partition = self._losses(batch, temperature)
+        return nats + partition
+
+    def _target_count(self, batches: list[Batch]) -> Tensor:
+        """Targets of the global batch: the loss is their mean, however they are spread over ranks and micro-batches."""
+        here = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in batches]).sum()
+        return self.mesh.sum(here, self.mesh.axes.data).clamp_min(1)
+
+    def _explain(self, step: int, batches: list[Batch], grad_norm: float) -> None:
+        """Say where numbers first went wrong in a step that was left out. Collective."""
+        temperature = gate_temperature(self.config.memory, self.config.train.steps, step)
+        losses = [functools.partial(self._loss, batch, temperature) for batch in batches]
+        found = self.mesh.gather(first_not_finite(self.engine.module, losses))
+        self.log.drop_counts()
+        where = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(found) if what)
+        again = "everything is finite when the same rows are computed again: look at the hardware"
+        logger.warning("step %d is left out: its gradient norm is %s. %s", step, grad_norm, where or again)
+        self.log.clock.restart()
+
+    def _save(self, done: int, *, wait: bool) -> None:
+        with self.watchdog.phase("checkpoint"):
+            if not (wait and self._is_saved(done)):
+                cursor = self.sources.train.state(data_position(done, self.rewinds))
+                self.checkpointer.save(done, self.engine, cursor, wait=wait)
+        self.log.clock.restart()
+
+    def _is_saved(self, done: int) -> bool:
+        """Whether the save in progress, or the last one, is of this step and complete. Collective."""
+        self.checkpointer.finish()
+        return self.checkpointer.last_complete == done
+
+    def _validation_due(self, step: int) -> bool:
+        train = self.config.train
+        interval = train.validation_interval_steps
+        return train.validation_batches > 0 and (step == train.steps or (interval > 0 and step % interval == 0))
+
+    def _validate(self, step: int) -> HeldOut:
+        assert self.sources.validation is not None  # config rule
+        train, mesh = self.config.train, self.mesh
+        batches = self.sources.validation.validation_batches(
+            train.validation_batches, mesh.data_rank, mesh.data_size, train.micro_batch_rows
+        )
+        module, axes = self.engine.module, mesh.axes
+        module.eval()
+        result = held_out_loss(
+            module,
+            batches,
+            self.sources.tokenizer,
+            mesh.device,
+            lambda totals: mesh.sum(totals, axes.batch),
+            loss=module.token_loss,
+            ranks_per_row=axes.context.size,
+        )
+        module.train()
+        self.log.validation(step, result)
+        self.log.clock.restart()
+        return result
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one optimizer step leaves."""
+
+    loss: float | None
+    grad_norm: float
+    applied: bool
+    batches: list[Batch]

@@ -1,0 +1,78 @@
+"""Clock, progress bar and sinks of one start of a run: its numbers on the way to files and screen."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dla_train.config import Config
+from dla_train.evaluate.held_out import HeldOut
+from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
+from dla_train.parallel.mesh import Mesh
+from dla_train.telemetry import MemoryTelemetry
+
+logger = logging.getLogger("dla_train.train")
+
+
+class RunLog:
+    """Clock, progress bar and sinks of one start; collective numbers on all ranks, output on rank 0."""
+
+    def __init__(self, config: Config, mesh: Mesh, memory: MemoryTelemetry, done: int) -> None:
+        self._config, self._mesh, self._memory = config, mesh, memory
+        self.clock = PhaseClock(mesh.device)
+        self._speed = SpeedMeter(config, mesh)
+        self._sinks = open_sinks(config, done) if mesh.is_writer else []
+        last = config.train.stop_at_step or config.train.steps
+        hidden = not (config.logging.progress and mesh.is_writer)
+        self._bar = tqdm(total=last, initial=done, unit="step", desc=config.name, disable=hidden, dynamic_ncols=True)
+        self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger("dla_train")])
+
+    def __enter__(self) -> RunLog:
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._redirect.__exit__(kind, error, trace)
+        for sink in self._sinks:
+            sink.close()
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether `step` gets a line: the first, every interval_steps-th, and the last of this start."""
+        return step == 1 or step == last or step % self._config.logging.interval_steps == 0
+
+    def end_step(self, tokens: int) -> None:
+        """Stop the clock after a step over `tokens` tokens (all ranks), take the memory's counts, move the bar."""
+        with self.clock.phase("exchange"):
+            self._memory.after_step()
+        self._speed.add(tokens, self.clock.end_step())
+        self._bar.update()
+
+    def training(self, step: int, numbers: dict[str, Any]) -> None:
+        """Write the line of a training step. Collective."""
+        with self.clock.phase("exchange"):
+            numbers = numbers | self._speed.read() | self._memory.read()
+        shown = {"loss": f"{numbers['loss']:.4f}", "tokens/s": f"{numbers['tokens_per_second']:,.0f}"}
+        self._bar.set_postfix(shown)
+        self._write(step, numbers)
+
+    def drop_counts(self) -> None:
+        """Forget what forward passes outside training counted in the memories."""
+        self._memory.drop()
+
+    def validation(self, step: int, result: HeldOut) -> None:
+        """Write the line of a validation and forget what it counted in the memories."""
+        self.drop_counts()
+        numbers = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+        logger.info("step %d: held-out loss %.4f, %.4f bits per byte", step, result.loss, result.bits_per_byte)
+        self._write(step, numbers)
+
+    def _write(self, step: int, numbers: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(step, numbers)

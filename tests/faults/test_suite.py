@@ -1,0 +1,15 @@
+"""The short form of the fault suite, of which `make test-faults` is the whole: runs are hurt and lose nothing."""
+
+import json
+from pathlib import Path
+
+from tests.train.runs import run_python
+
+
+def test_runs_that_are_hurt_end_as_those_that_nobody_hurt(tmp_path: Path) -> None:
+    done = run_python(["-m", "tests.faults.suite", "--short", f"--output={tmp_path}"], timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    faults = json.loads((tmp_path / "faults.json").read_text())["faults"]
+    assert {"SIGKILL of a rank", "SIGTERM", "flipped bit in model-", "weight not finite", "full disk"} == faults.keys()
+    assert all(row["survived"] == row["runs"] == 1 and row["injected"] >= 1 for row in faults.values())
+    assert "| **all** | 5 |" in (tmp_path / "faults.md").read_text()
