@@ -160,17 +160,17 @@ class BatchSource:
 
         Raises DataError, naming what differs, where the cursor is of other data and `allow_changed` is not set.
         """
-        found = differences(state, self._constants(), self.blend, self.sources)
-        if found and not self._allow_changed:
-            raise DataError(
-                f"the checkpoint was trained on other data: {'; '.join(found)}. Resume with that run's files and "
-                "past phases (later ones may change), or say data.allow_changed=true to go on with these"
-            )
         tokens = state.get("tokens")
         if not isinstance(tokens, int) or tokens < 0 or tokens % self.tokens_per_step:
             raise DataError(
                 f"the checkpoint's data cursor, tokens={tokens}, is no multiple of the {self.tokens_per_step} of "
                 "one step; resume from another checkpoint"
+            )
+        found = differences(state, self._constants(), self.blend, self.sources)
+        if found and not self._allow_changed:
+            raise DataError(
+                f"the checkpoint was trained on other data: {'; '.join(found)}. Resume with that run's files and "
+                "past phases (later ones may change), or say data.allow_changed=true to go on with these"
             )
         step = tokens // self.tokens_per_step
         self._changes = list(state["changes"])

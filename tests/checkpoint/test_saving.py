@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dla_train.checkpoint import Checkpointer, CheckpointError, RunDirectoryError, complete_steps, saving
+from dla_train.checkpoint.manifest import read_small
 from dla_train.checkpoint.run_lock import LOCK_FILE, RunLock
 from dla_train.parallel.mesh import Mesh
 from tests.checkpoint.small_runs import (
@@ -191,6 +192,8 @@ def test_a_checkpoint_that_may_not_be_read_is_an_error_and_no_damage(tmp_path: P
     config = make_config(tmp_path)
     with unprivileged(), pytest.raises(CheckpointError), Mesh.start(config) as mesh:
         Checkpointer(config, mesh).resume(SmallState())
+    with pytest.raises(CheckpointError, match="may not be read; give this user the right"), unprivileged():
+        read_small(root / "step_00000002/COMPLETE")
     (root / "step_00000002").chmod(0o755)
     assert complete_steps(root) == [1, 2]
 
