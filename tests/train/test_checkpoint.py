@@ -4,12 +4,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps
+from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps, saving
 from dla_train.checkpoint.folders import checkpoint_folder
 from dla_train.checkpoint.manifest import MARKER
 from dla_train.checkpoint.run_lock import RunLock
@@ -91,6 +92,25 @@ def test_a_run_goes_from_two_ranks_to_one_and_back_to_two(tiny: MakeConfig, corp
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=0)  # gradients are summed in another order
     ranks = [{name for name in tensors_of(tmp_path / "run", step) if "rng" in name} for step in (3, 5, 8)]
     assert [len(names) for names in ranks] == [2, 1, 2]
+
+
+def test_a_last_save_that_fails_is_an_error_and_one_in_between_is_not(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = saving.write_tensor_files
+    failing = {2, 8}
+
+    def full_disk(folder: Path, *arguments: Any) -> Any:
+        if int(folder.name[5:13]) in failing:
+            raise OSError("no space left on device")
+        return written(folder, *arguments)
+
+    monkeypatch.setattr(saving, "write_tensor_files", full_disk)
+    with pytest.raises(CheckpointError, match="step 8 is not written: rank 0: no space left"):
+        train(tiny("checkpoint.interval_steps=2", "checkpoint.keep_last=0"))
+    assert complete_steps(tmp_path / "run/checkpoints") == [4, 6]
+    failing.clear()
+    assert train(tiny()).step == 8
 
 
 def test_two_jobs_in_one_directory_are_refused_and_a_finished_one_leaves_no_lock(
