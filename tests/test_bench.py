@@ -138,6 +138,17 @@ def test_a_step_recomputes_where_it_should_and_moves_every_parameter(monkeypatch
     assert speed * milliseconds == pytest.approx(16 * 1000)
 
 
+def test_checkpoints_are_measured_beside_plain_files_and_plain_steps(tmp_path):
+    arguments = ["checkpoint", "--model=gated_deltanet_tiny", "--rounds=1"]
+    assert main([*arguments, f"--output={tmp_path}", f"--folder={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert all(seconds > 0 for record in found["saving"] + found["loading"] for seconds in record.values())
+    assert found["saving"][0]["bytes"] > 12 * 1.4e6 and len(found["overlap"][0]["disturbed_seconds"]) >= 1
+    text = (tmp_path / "checkpoint.md").read_text()
+    assert "| written, hashed and flushed |" in text and "| first step |" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.json", "checkpoint.md"]
+
+
 def test_compiling_takes_one_step_of_one_layer(tmp_path, monkeypatch):
     steps: list[tuple[int, int, int]] = []
     monkeypatch.setattr(

@@ -159,6 +159,18 @@ BROKEN = {
         ["train.global_batch_rows=10"],
         ["train.global_batch_rows=10", "train.micro_batch_rows=4", "8 or 12"],
     ),
+    "checkpoints kept for good where all are kept": (
+        ["checkpoint.keep_last=0", "checkpoint.interval_steps=5", "checkpoint.keep_every_steps=10"],
+        ["checkpoint.keep_every_steps=10", "checkpoint.keep_last=0 keeps all"],
+    ),
+    "checkpoints kept for good without an interval": (
+        ["checkpoint.interval_steps=0", "checkpoint.keep_every_steps=10"],
+        ["checkpoint.keep_every_steps=10", "checkpoint.interval_steps=0"],
+    ),
+    "checkpoints kept for good between intervals": (
+        ["checkpoint.interval_steps=4", "checkpoint.keep_every_steps=10"],
+        ["checkpoint.keep_every_steps=10", "checkpoint.interval_steps=4", "choose 8 or 12"],
+    ),
     "stop after the end": (["train.stop_at_step=301"], ["train.stop_at_step=301", "train.steps=300"]),
     "stop before the start": (["train.stop_at_step=0"], ["train.stop_at_step=0"]),
     "validation of nothing": (["train.validation_batches=0"], ["train.validation_interval_steps=100"]),

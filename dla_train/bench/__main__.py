@@ -3,6 +3,7 @@
 python -m dla_train.bench                 the CPU's measurements; then the kernels' where there is a CUDA device
 python -m dla_train.bench kernels ...     dla_kernels.bench
 python -m dla_train.bench training ...    training steps of the paper's models
+python -m dla_train.bench checkpoint ...  saving and resuming on this machine's disk
 python -m dla_train.bench data ...        reading token files, and starts on a large corpus
 python -m dla_train.bench render ...      pages and pictures from kernels.json and training.json, on any machine
 """
@@ -27,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         from dla_train.bench.training import main as training
 
         return training(given[1:])
+    if given[:1] == ["checkpoint"]:
+        from dla_train.bench.checkpoint import main as checkpoint
+
+        return checkpoint(given[1:])
     if given[:1] == ["data"]:
         from dla_train.bench.data import main as data
 

@@ -9,6 +9,7 @@ cursor, the configuration and the versions. The schedules are functions of the s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -124,6 +125,9 @@ class Checkpointer:
         if waited > WAIT_SHOWN_SECONDS and self._mesh.is_writer:
             logger.info("waited %.1f s for the checkpoint of step %d", waited, saving.step)
         if failed or outcome:
+            if self._mesh.is_writer:
+                with contextlib.suppress(OSError):  # all ranks have stopped writing: make room
+                    remove_incomplete(self.root)
             return "; ".join(failed) or str(outcome)
         self.last_complete = saving.step
         return None
@@ -206,7 +210,7 @@ class Checkpointer:
         settings = self._config.checkpoint
         try:
             remove_old(self.root, step, settings.keep_last, settings.keep_every_steps)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             logger.warning("an old checkpoint cannot be deleted: %s", error)
 
     def _say(self, text: str, *values: object) -> None:

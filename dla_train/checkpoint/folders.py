@@ -67,7 +67,7 @@ def complete_steps(root: Path) -> list[int]:
 def commit(root: Path, step: int, files: dict[str, FileRecord]) -> None:
     """Turn the partial folder of `step`, whose `files` are on the disk, into a complete checkpoint.
 
-    One of the same step stays until the new one has its name.
+    One of the same step, if there is one, waits under another name until the new one is complete.
     """
     partial, final = partial_folder(root, step), checkpoint_folder(root, step)
     marker = write_manifest(partial, step, files)
@@ -84,6 +84,16 @@ def commit(root: Path, step: int, files: dict[str, FileRecord]) -> None:
         shutil.rmtree(replaced)
 
 
+def put_back_replaced(root: Path) -> None:
+    """Give a checkpoint its name back that a crash left without its successor. Not while a save is being written."""
+    for replaced in sorted(root.glob("step_*.replaced")):
+        final = replaced.with_suffix("")
+        if not os.path.lexists(final / MARKER):
+            if final.is_dir():
+                shutil.rmtree(final)
+            replaced.rename(final)
+
+
 def remove_incomplete(root: Path) -> list[str]:
     """Delete what a crash left: partial folders and folders without a marker. Returns their names.
 
@@ -91,6 +101,7 @@ def remove_incomplete(root: Path) -> list[str]:
     """
     if not root.is_dir():
         return []
+    put_back_replaced(root)
     removed = []
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.is_symlink() or not _LEFT_BY_A_CRASH.fullmatch(folder.name):

@@ -60,15 +60,19 @@ class Manifest:
 def write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a new file from `pieces`, flushed to the disk, and hash it on the way. Raises OSError."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
-        for piece in pieces:
-            view = memoryview(piece)
-            for begin in range(0, len(view), CHUNK_BYTES):
-                chunk = view[begin : begin + CHUNK_BYTES]
-                digest.update(chunk)
-                size += file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            for piece in pieces:
+                view = memoryview(piece)
+                for begin in range(0, len(view), CHUNK_BYTES):
+                    chunk = view[begin : begin + CHUNK_BYTES]
+                    digest.update(chunk)
+                    size += file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # the system does not say which file a write failed in
+        raise
     return FileRecord(size, digest.hexdigest())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dla_train.checkpoint.errors import CheckpointError, DamagedError
-from dla_train.checkpoint.folders import checkpoint_folder, find_checkpoints, set_aside
+from dla_train.checkpoint.folders import checkpoint_folder, find_checkpoints, put_back_replaced, set_aside
 from dla_train.checkpoint.state import check_shapes, stored_random_state
 from dla_train.checkpoint.stored import StoredCheckpoint
 from dla_train.checkpoint.tensor_files import StoredTensors
@@ -70,9 +70,12 @@ def newest_undamaged(
 
 def _marked_steps(root: Path) -> list[int] | CheckpointError:
     try:
+        put_back_replaced(root)
         return [found.step for found in find_checkpoints(root)]
     except CheckpointError as error:
         return error
+    except OSError as error:
+        return CheckpointError(f"{root} cannot be put in order: {error}; give this user the right to change it")
 
 
 def _open(

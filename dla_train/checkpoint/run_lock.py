@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import threading
@@ -24,6 +25,8 @@ from typing import Any
 
 from dla_train.checkpoint.errors import DamagedError, RunDirectoryError
 from dla_train.checkpoint.manifest import parse_json, read_small
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 TOUCH_SECONDS = 10.0
@@ -99,8 +102,9 @@ class RunLock:
 
     def _touch(self) -> None:
         while not self._released.wait(TOUCH_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
+            if self._is_ours():
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
 
 
 def _alive(path: Path, seen: bytes) -> bool:
@@ -108,6 +112,7 @@ def _alive(path: Path, seen: bytes) -> bool:
     holder, me = _read(path, seen), _myself()
     if holder and (holder.get("host"), holder.get("processes")) == (me["host"], me["processes"]):
         return isinstance(holder.get("pid"), int) and _started(holder["pid"]) == holder.get("started")
+    logger.info("watching %s of %s for up to %.0f s for a sign of life", path, _name(holder), STALE_SECONDS)
     first, until = _touched(path), time.monotonic() + STALE_SECONDS
     while time.monotonic() < until:
         time.sleep(LOOK_SECONDS)

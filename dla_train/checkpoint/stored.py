@@ -61,7 +61,10 @@ class StoredCheckpoint:
         return shares
 
     def trainer(self) -> dict[str, Any]:
-        """What is not a tensor: step, data cursor, configuration, versions. Raises DamagedError."""
+        """What is not a tensor: step, data cursor, configuration, versions. Raises DamagedError.
+
+        Cursor and configuration are checked by those they belong to.
+        """
         path = self.folder / TRAINER
         state = parse_json(path, read_small(path))
         if state.get("step") != self.manifest.step or not is_count(state["step"]):

@@ -68,6 +68,7 @@ class Mesh:
             end_axes(self.axes)
         if self.owns_group:
             dist.destroy_process_group()
+            self.axes = Axes.single()  # a group that lives until the interpreter ends would abort it there
 
     @property
     def data_rank(self) -> int:

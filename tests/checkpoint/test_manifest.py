@@ -122,7 +122,19 @@ def sealed(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / MARKER).write_text(marker_text(hashlib.sha256(content).hexdigest()))
 
 
-OUTSIDE = ("../secret", "/etc/hostname", "tensors/../../secret", "tensors", "", "tensors/model-00000-000.pt", "run")
+OUTSIDE = (
+    "../secret",
+    "/etc/hostname",
+    "tensors/../../secret",
+    "../step_00000001/trainer.json",
+    "../step_00000001/tensors/model-00000-000.safetensors",
+    "tensors/model-00000-000.safetensors/../../secret",
+    "trainer.json\n",
+    "tensors",
+    "",
+    "tensors/model-00000-000.pt",
+    "run",
+)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

@@ -110,6 +110,22 @@ def test_a_holder_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lock.release()
 
 
+def test_a_lock_that_was_taken_over_is_not_kept_alive_by_its_first_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "TOUCH_SECONDS", 0.01)
+    lock, looked = RunLock(tmp_path), threading.Event()
+    (tmp_path / LOCK_FILE).write_text("another's")
+    os.utime(lock.path, (1, 1))
+    ours = lock._is_ours
+    monkeypatch.setattr(lock, "_is_ours", lambda: (looked.set(), ours())[1])
+    for _ in range(3):  # the second look is certain to follow a whole round
+        looked.clear()
+        assert looked.wait(10)
+    assert lock.path.stat().st_mtime == 1
+    lock.release()
+
+
 def test_of_many_that_find_a_dead_holders_lock_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "LOOK_SECONDS", 0.01)
     for _ in range(20):
@@ -135,6 +151,24 @@ def test_of_many_that_find_a_dead_holders_lock_one_gets_it(tmp_path: Path, monke
         for lock in got:
             lock.release()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rival_that_was_faster_gets_its_lock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found the dead holder; the rival took the lock over between this one's look and its renaming."""
+    write_lock(tmp_path, started="1")
+    alive, rival = run_lock._alive, list[bytes]()
+
+    def slow_look(path: Path, seen: bytes) -> bool:
+        if rival:
+            return alive(path, seen)
+        rival.append(write_lock(tmp_path, token="rival").read_bytes())
+        return False
+
+    monkeypatch.setattr(run_lock, "_alive", slow_look)
+    with pytest.raises(RunDirectoryError, match="is being trained by"):
+        RunLock(tmp_path)
+    assert (tmp_path / LOCK_FILE).read_bytes() == rival[0]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"host": {}, "pid": 1e99}', b"[" * 100_000])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dla_train.checkpoint import Checkpointer, CheckpointError, RunDirectoryError, complete_steps, saving
+from dla_train.checkpoint.manifest import read_small
 from dla_train.checkpoint.run_lock import LOCK_FILE, RunLock
 from dla_train.parallel.mesh import Mesh
 from tests.checkpoint.small_runs import (
@@ -140,8 +141,18 @@ def test_a_full_disk_at_the_last_save_is_one_typed_error(tmp_path: Path, monkeyp
 def test_a_failed_save_makes_room_by_deleting_what_it_had_written(tmp_path: Path, monkeypatch: Patch) -> None:
     with checkpointer_of(make_config(tmp_path)) as checkpointer, full_disk(monkeypatch, "optim-"):
         checkpointer.save(1, SmallState(), DATA)
+        assert checkpointer._saving is not None and checkpointer._saving.written()
+        assert not list(checkpointer.root.rglob("*.safetensors")), "at once, not at the next save"
         assert checkpointer.finish()
-        assert not list(checkpointer.root.rglob("*.safetensors"))
+        assert list(checkpointer.root.iterdir()) == []
+
+
+def test_a_failed_save_of_a_step_that_was_saved_before_leaves_the_older_one(tmp_path: Path, monkeypatch: Patch) -> None:
+    write_checkpoints(tmp_path, 1)
+    with checkpointer_of(make_config(tmp_path)) as checkpointer, full_disk(monkeypatch, "COMPLETE"):
+        checkpointer.save(1, SmallState(7.0), DATA)
+        assert "No space left on device" in str(checkpointer.finish())
+    assert resumed_value(tmp_path) == (1, 1.0)
 
 
 @contextmanager
@@ -181,6 +192,8 @@ def test_a_checkpoint_that_may_not_be_read_is_an_error_and_no_damage(tmp_path: P
     config = make_config(tmp_path)
     with unprivileged(), pytest.raises(CheckpointError), Mesh.start(config) as mesh:
         Checkpointer(config, mesh).resume(SmallState())
+    with pytest.raises(CheckpointError, match="may not be read; give this user the right"), unprivileged():
+        read_small(root / "step_00000002/COMPLETE")
     (root / "step_00000002").chmod(0o755)
     assert complete_steps(root) == [1, 2]
 
@@ -236,16 +249,14 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeyp
         folder.mkdir()
         write_checkpoints(folder, 1)
         over = save_and_lose_power(folder, step, moment, monkeypatch)
-        if step == 2:
-            resumed.append(resumed_value(folder)[0])
-            assert resumed_value(folder) == (resumed[-1], float(resumed[-1] or 0))
+        resumed.append(resumed_value(folder)[0])
+        assert resumed_value(folder) == (resumed[-1], float(resumed[-1] or 0))
         write_checkpoints(folder, 3, overrides=("checkpoint.keep_last=1",))
         assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000003"]
         if over:
             break
     assert over and moment > 15
-    if step == 2:
-        assert set(resumed) == {1, 2} and resumed == sorted(resumed)
+    assert set(resumed) == {1, step} and resumed == sorted(resumed)
 
 
 def test_nothing_is_saved_after_another_process_took_the_run_over(tmp_path: Path, held: threading.Event) -> None:

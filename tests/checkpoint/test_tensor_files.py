@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dla_train.checkpoint import DamagedError, tensor_files
 from dla_train.checkpoint.manifest import TENSORS
-from dla_train.checkpoint.state import Staging, check_shapes, deal
+from dla_train.checkpoint.state import Staging, check_shapes, deal, stored_random_state
 from dla_train.checkpoint.tensor_files import StoredTensors, write_tensor_files
 from tests.checkpoint.small_runs import SmallState
 
@@ -104,12 +104,24 @@ def test_a_rank_copies_its_share_alone_into_the_same_buffers_each_time() -> None
     first = [staging.copy(state) for staging in staged]
     names = [{name for name in copied if not name.startswith("rng/")} for copied in first]
     assert names[0] | names[1] == state.shapes().keys() and not names[0] & names[1]
+    assert [set(staging._buffers) for staging in staged] == names, "no memory for what another rank writes"
     assert "rng/1/cpu" in first[1] and "rng/1/cpu" not in first[0]
     state.train(2.0)
     assert all(float(first[rank][name].max()) == 1.0 for rank in (0, 1) for name in names[rank])
     again = staged[0].copy(state)
     for name in names[0]:
         assert again[name].data_ptr() == first[0][name].data_ptr() and float(again[name].max()) == 2.0
+
+
+@pytest.mark.parametrize(
+    "state", [torch.zeros(5056, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), torch.ones(2)]
+)
+def test_what_is_no_random_state_is_found_before_anything_is_changed(state: Tensor, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(DamagedError, match="rng/0/cpu is no random state"):
+        stored_random_state(tmp_path, {"rng/0/cpu": state}, 0, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert stored_random_state(tmp_path, {"rng/0/cpu": before}, 1, torch.device("cpu")) == {}
 
 
 def test_only_float32_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps
+from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps, saving
 from dla_train.checkpoint.folders import checkpoint_folder
 from dla_train.checkpoint.manifest import MARKER
 from dla_train.checkpoint.run_lock import RunLock
@@ -91,6 +92,25 @@ def test_a_run_goes_from_two_ranks_to_one_and_back_to_two(tiny: MakeConfig, corp
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=0)  # gradients are summed in another order
     ranks = [{name for name in tensors_of(tmp_path / "run", step) if "rng" in name} for step in (3, 5, 8)]
     assert [len(names) for names in ranks] == [2, 1, 2]
+
+
+def test_a_last_save_that_fails_is_an_error_and_one_in_between_is_not(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = saving.write_tensor_files
+    failing = {2, 8}
+
+    def full_disk(folder: Path, *arguments: Any) -> Any:
+        if int(folder.name[5:13]) in failing:
+            raise OSError("no space left on device")
+        return written(folder, *arguments)
+
+    monkeypatch.setattr(saving, "write_tensor_files", full_disk)
+    with pytest.raises(CheckpointError, match="step 8 is not written: rank 0: no space left"):
+        train(tiny("checkpoint.interval_steps=2", "checkpoint.keep_last=0"))
+    assert complete_steps(tmp_path / "run/checkpoints") == [4, 6]
+    failing.clear()
+    assert train(tiny()).step == 8
 
 
 def test_two_jobs_in_one_directory_are_refused_and_a_finished_one_leaves_no_lock(
@@ -220,6 +240,18 @@ def test_a_loaded_model_is_the_trained_one(tiny: MakeConfig) -> None:
     assert load_model(config.run_dir, step=4)[2] == 4
     with pytest.raises(CheckpointError, match="no checkpoint of step 5; choose from 4, 8"):
         load_model(config.run_dir, step=5)
+
+
+def test_a_model_is_not_loaded_from_damaged_weights(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny())
+    for kind, refused in (("optim", False), ("model", True)):
+        path = checkpoint_folder(tmp_path / "run/checkpoints", 8) / f"tensors/{kind}-00000-000.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+        if refused:
+            with pytest.raises(CheckpointError, match="model-00000-000.safetensors has .* not those that were written"):
+                load_model(tmp_path / "run")
+        else:
+            assert load_model(tmp_path / "run")[2] == 8  # moments are not read, so not hashed either
 
 
 def test_loading_from_nowhere_is_a_clear_error(tmp_path: Path) -> None:
