@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dla_kernels.bench.inputs import TAU, boundary_rate, layer_inputs
 from dla_kernels.bench.measure import Stopwatch
-from dla_train.bench import cpu, training
+from dla_train.bench import cpu, layouts, training
 from dla_train.bench.__main__ import main
 from dla_train.bench.cpu import BACKBONES, SMALL, Timing, layer_seconds, measure_in_turn, table
 from dla_train.bench.render import kernels_page, render, training_page
@@ -61,16 +61,20 @@ def test_the_table_holds_every_number_and_its_target():
         "against_token_loop": {"mamba2, forward": {"ratio": 21.4, "boundary_rate": 0.75}},
         "growth_with_length": {"mamba2": {"ratios": {"4096/2048": 1.987}}},
         "trainer_overhead": {"median": 0.012, "least": 0.01, "most": 0.02, "steps": 9},
-        "layout_overheads": {"data 4": {"median": 0.034, "least": 0.01, "most": 0.04, "steps": 9}},
     }
     text = table(results)
     for part in (
         "| mamba2, forward | 0.75 | 21 | 20 |",
         "| mamba2, 4096/2048 | 1.99 | 2.2 |",
         "| 1.2% | 5% |",
-        "| 3.4% | 5% |",
     ):
         assert part in text
+
+
+def test_the_table_of_layouts_holds_every_share_and_its_target():
+    share = {"median": 0.034, "least": 0.01, "most": 0.041, "steps": 9, "seconds": 2.0, "exchange": 0.012}
+    text = layouts.table({"environment": {"torch": "2", "python": "3"}, "layouts": {"data 4": share}})
+    assert "| data 4 | 3.4% (1.0% to 4.1%) | 1.2% | 5% |" in text
 
 
 @pytest.mark.parametrize("cuda", [False, True])

@@ -5,41 +5,35 @@ python -m dla_train.bench kernels ...     dla_kernels.bench
 python -m dla_train.bench training ...    training steps of the paper's models
 python -m dla_train.bench checkpoint ...  saving and resuming on this machine's disk
 python -m dla_train.bench data ...        reading token files, and starts on a large corpus
+python -m dla_train.bench layouts ...     what the trainer adds on four ranks of this machine's CPU
 python -m dla_train.bench render ...      pages and pictures from kernels.json and training.json, on any machine
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 import torch
 
+PROGRAMS = {
+    "kernels": "dla_kernels.bench.__main__",
+    "training": "dla_train.bench.training",
+    "checkpoint": "dla_train.bench.checkpoint",
+    "data": "dla_train.bench.data",
+    "layouts": "dla_train.bench.layouts",
+    "render": "dla_train.bench.render",
+}
+"""Modules of the programs, whose `main(arguments)` returns the exit code. Each imports only what it needs itself."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program that is named; returns the exit code. Each imports only what it needs itself."""
+    """Run the program that is named, or all that suits this machine; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["kernels"]:
-        from dla_kernels.bench.__main__ import main as kernels
-
-        return kernels(given[1:])
-    if given[:1] == ["training"]:
-        from dla_train.bench.training import main as training
-
-        return training(given[1:])
-    if given[:1] == ["checkpoint"]:
-        from dla_train.bench.checkpoint import main as checkpoint
-
-        return checkpoint(given[1:])
-    if given[:1] == ["data"]:
-        from dla_train.bench.data import main as data
-
-        return data(given[1:])
-    if given[:1] == ["render"]:
-        from dla_train.bench.render import main as render
-
-        return render(given[1:])
+    if given and given[0] in PROGRAMS:
+        return int(importlib.import_module(PROGRAMS[given[0]]).main(given[1:]))
     return _everything(given)
 
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from data_prep.stdlib_files import prepare_stdlib_files
 from dla_kernels import dla_attention, plan_memory
 from dla_kernels.bench.inputs import TAU, Shape, boundary_rate, layer_inputs
-from dla_train.bench.layouts import RANKS, layout_overheads
 from dla_train.hydra_app import compose
 from dla_train.metrics import read_lines
 from dla_train.train import train
@@ -186,11 +185,6 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|",
         f"| everything but forward, backward and step ({share['steps']} steps; least {share['least']:.1%}, "
         f"most {share['most']:.1%}) | {share['median']:.1%} | 5% |",
-        *(
-            f"| the same on {RANKS} ranks, {name}: what is neither the model's nor communication ({r['steps']} steps; "
-            f"least {r['least']:.1%}, most {r['most']:.1%}) | {r['median']:.1%} | 5% |"
-            for name, r in results["layout_overheads"].items()
-        ),
         "",
     ]
     return "\n".join(lines)
@@ -203,7 +197,6 @@ def measure_cpu(output: Path, *, rounds: int, steps: int) -> None:
         "against_token_loop": against_token_loop(rounds),
         "growth_with_length": growth_with_length(rounds),
         "trainer_overhead": trainer_overhead(steps),
-        "layout_overheads": layout_overheads(steps),
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "speed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -6,14 +6,19 @@ communication and optimizer step is what is measured.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data_prep.stdlib_files import prepare_stdlib_files
@@ -66,3 +71,38 @@ def _overhead(overrides: tuple[str, ...], steps: int) -> dict[str, Any]:
         "seconds": statistics.median(line["seconds"] for line in lines),
         "exchange": statistics.median(line["seconds_exchange"] / line["seconds"] for line in lines),
     }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    env = results["environment"]
+    lines = [
+        "# What the trainer adds on several ranks",
+        "",
+        f"Made by `python -m dla_train.bench layouts`: the quickstart's run on {RANKS} ranks of one machine's CPU,",
+        f"torch {env['torch']}, Python {env['python']}. *Outside* is the share of a step that is neither forward, backward,",
+        "communication nor optimizer step; *exchange* what ranks wait for one another to count targets and to decide.",
+        "Medians over steps, least and most in brackets.",
+        "",
+        "| layout | outside | exchange | target of outside |",
+        "|---|---|---|---|",
+    ]
+    for name, r in results["layouts"].items():
+        outside = f"{r['median']:.1%} ({r['least']:.1%} to {r['most']:.1%})"
+        lines.append(f"| {name} | {outside} | {r['exchange']:.1%} | 5% |")
+    return "\n".join([*lines, ""])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and write layout_overheads.json and .md."""
+    parser = argparse.ArgumentParser(prog="python -m dla_train.bench layouts", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps timed of each layout (default %(default)s)")
+    options = parser.parse_args(arguments)
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "ranks": RANKS}
+    results = {"environment": environment, "layouts": layout_overheads(options.steps)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "layout_overheads.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (options.output / "layout_overheads.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
+    return 0
