@@ -62,6 +62,7 @@ class Loop:
     watchdog: Watchdog
     rewinds: Sequence[Rewind]
     """All returns to checkpoints so far: they say which data a step reads."""
+    guard: Guard
 
     @property
     def last(self) -> int:
@@ -70,7 +71,7 @@ class Loop:
 
     def run(self, done: int) -> LoopResult:
         """Train until the last step, a signal, or a judgement; `done` steps were done before this start."""
-        begun, guard, result, owed = done, Guard(self.config.resilience), LoopResult(done), False
+        begun, guard, result, owed = done, self.guard, LoopResult(done), False
         self.log.clock.restart()
         while done < self.last:
             if stopped_by := self.signals.agreed(self.mesh):
@@ -161,7 +162,7 @@ class Loop:
         with self.watchdog.phase("checkpoint"):
             if not (wait and self._is_saved(done)):
                 cursor = self.sources.train.state(data_position(done, self.rewinds))
-                self.checkpointer.save(done, self.engine, cursor, wait=wait)
+                self.checkpointer.save(done, self.engine, cursor, losses=self.guard.losses, wait=wait)
         self.log.clock.restart()
 
     def _is_saved(self, done: int) -> bool:

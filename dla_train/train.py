@@ -38,7 +38,7 @@ from dla_train.models.cost import memory_capacity, merge_cache_bytes
 from dla_train.models.language_model import LanguageModel
 from dla_train.parallel.mesh import Mesh
 from dla_train.resilience.exit_codes import DIVERGED, FINISHED, STOPPED, write_status
-from dla_train.resilience.guard import Judgement
+from dla_train.resilience.guard import Guard, Judgement
 from dla_train.resilience.journal import JournalError, Rewind, append_to_journal, data_position, data_step, read_journal
 from dla_train.resilience.stopping import StopSignals
 from dla_train.resilience.watchdog import Watchdog
@@ -157,8 +157,18 @@ class Run:
         parameters = sum(math.prod(shape) for name, shape in engine.shapes().items() if name.startswith("model/"))
         logger.info("%s", _headline(config, mesh, parameters, done))
         with RunLog(config, mesh, MemoryTelemetry(model, mesh), done) as log:
+            guard = Guard(config.resilience, resumed.losses if resumed else ())
             loop = Loop(
-                config, mesh, self.sources, engine, checkpointer, log, self.signals, self.watchdog, tuple(rewinds)
+                config,
+                mesh,
+                self.sources,
+                engine,
+                checkpointer,
+                log,
+                self.signals,
+                self.watchdog,
+                tuple(rewinds),
+                guard,
             )
             return loop.run(done)
 

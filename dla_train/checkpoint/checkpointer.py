@@ -15,6 +15,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -57,6 +58,8 @@ class Resumed:
     """Optimizer steps already done."""
     data: dict[str, Any]
     """The data cursor, as the batch source wrote it."""
+    losses: Sequence[float] = ()
+    """The last losses, by which spikes are told."""
 
 
 class Checkpointer:
@@ -77,7 +80,15 @@ class Checkpointer:
         interval = self._config.checkpoint.interval_steps
         return last or (interval > 0 and step % interval == 0)
 
-    def save(self, step: int, engine: LogicalState, data: dict[str, Any], *, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        engine: LogicalState,
+        data: dict[str, Any],
+        *,
+        losses: Sequence[float] = (),
+        wait: bool = False,
+    ) -> None:
         """Begin the checkpoint after `step` steps; the engine may go on as soon as this returns.
 
         `wait` returns when it is complete and raises CheckpointError, on every rank, if it cannot be. Without it a
@@ -96,7 +107,7 @@ class Checkpointer:
                 rank=self._mesh.rank,
                 ranks=self._mesh.size,
                 tensors=self._staging.copy(engine),
-                trainer=json.dumps(self._trainer_state(step, data), indent=1),
+                trainer=json.dumps(self._trainer_state(step, data, losses), indent=1),
                 timeout_seconds=60 * self._config.parallel.timeout_minutes,
             )
             self._saving = BackgroundSave(self._pool, part, self._check_lock, self._committed)
@@ -165,7 +176,7 @@ class Checkpointer:
         engine.import_state(opened.tensors, opened.step)
         restore_random_state(opened.random, self._mesh.device)
         self._mesh.barrier()  # from here on the files may change: no rank reads them any more
-        return Resumed(step=opened.step, data=opened.data)
+        return Resumed(step=opened.step, data=opened.data, losses=opened.losses)
 
     def go_back(self, before: int) -> int | None:
         """Set aside every checkpoint from step `before` on; the step of the newest that is left, None without one.
@@ -217,11 +228,12 @@ class Checkpointer:
         if self._mesh.is_writer:
             logger.error(text, *values)
 
-    def _trainer_state(self, step: int, data: dict[str, Any]) -> dict[str, Any]:
+    def _trainer_state(self, step: int, data: dict[str, Any], losses: Sequence[float]) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "step": step,
             "data": data,
+            "losses": list(losses),
             "config": dataclasses.asdict(self._config),
             "ranks": self._mesh.size,
             "versions": {

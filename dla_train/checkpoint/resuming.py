@@ -33,6 +33,8 @@ class Opened:
     step: int
     data: dict[str, Any]
     """The data cursor."""
+    losses: tuple[float, ...]
+    """The last losses before it."""
     tensors: StoredTensors
     random: dict[str, Tensor]
     """Random state of this rank, by device type; empty for a rank that the saved run did not have."""
@@ -96,7 +98,7 @@ def _open(
         random = stored_random_state(folder, tensors, mesh.rank, mesh.device)
     except CheckpointError as error:
         return None, error
-    return Opened(checkpoint.manifest.step, trainer["data"], tensors, random), None
+    return Opened(checkpoint.manifest.step, trainer["data"], tuple(trainer["losses"]), tensors, random), None
 
 
 def _worst(errors: list[CheckpointError | None]) -> CheckpointError | None:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ class StoredCheckpoint:
         for key in ("data", "config", "versions"):
             if not isinstance(state.get(key), dict):
                 raise DamagedError(f"{path} lacks {key}")
+        losses = state.setdefault("losses", [])
+        if not isinstance(losses, list) or not all(isinstance(loss, float) and isfinite(loss) for loss in losses):
+            raise DamagedError(f"{path}: losses are not a list of numbers")
         return state
 
     def tensors(self, *kinds: str) -> StoredTensors:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dla_train.config import ResilienceConfig
@@ -35,10 +36,16 @@ class Judgement:
 class Guard:
     """Judges the steps of one start, in order; all ranks feed it the same numbers."""
 
-    def __init__(self, config: ResilienceConfig) -> None:
+    def __init__(self, config: ResilienceConfig, losses: Iterable[float] = ()) -> None:
+        """`losses`: those of an earlier guard, so that a resumed run judges as one that was not stopped."""
         self._config = config
-        self._losses: deque[float] = deque(maxlen=config.spike_window_steps)
+        self._losses: deque[float] = deque(losses, maxlen=config.spike_window_steps)
         self._skipped, self._spikes = 0, 0
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """What spikes are told by, oldest first."""
+        return tuple(self._losses)
 
     @property
     def wants_losses(self) -> bool:
