@@ -89,12 +89,8 @@ def configure_logging() -> None:
 
 def train(config: Config) -> TrainResult:
     """Train, or go on training, the run that `config` describes. Raises typed errors before anything is overwritten."""
-    run_dir, limits = Path(config.run_dir), _limits(config.resilience)
-    with (
-        StopSignals() as signals,
-        Mesh.start(config) as mesh,
-        Watchdog(limits, run_dir / "hangs", mesh.rank) as watchdog,
-    ):
+    limits, stacks = _limits(config.resilience), Path(config.run_dir) / "hangs"
+    with Mesh.start(config) as mesh, Watchdog(limits, stacks, mesh.rank) as watchdog:
         watchdog.enter("setup")
         validate(config, mesh.size)
         torch.manual_seed(config.seed + mesh.rank)
@@ -107,7 +103,7 @@ def train(config: Config) -> TrainResult:
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         with hold_run_directory(config, identity, mesh) as lock:
-            return Run(config, mesh, sources, signals, watchdog, identity, lock).train()
+            return Run(config, mesh, sources, watchdog, identity, lock).train()
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,6 @@ class Run:
     config: Config
     mesh: Mesh
     sources: DataSources
-    signals: StopSignals
     watchdog: Watchdog
     identity: dict[str, Any]
     """What makes it this run."""
@@ -128,9 +123,10 @@ class Run:
         config, mesh = self.config, self.mesh
         model = meta_model(config, mesh.axes)
         engine = build_engine(config, model, mesh)
-        with Checkpointer(config, mesh, self.lock) as checkpointer:
+        # until here a signal ends the process at once: there is nothing to save
+        with StopSignals() as signals, Checkpointer(config, mesh, self.lock) as checkpointer:
             while True:
-                ended = self._loop(model, engine, checkpointer)
+                ended = self._loop(model, engine, checkpointer, signals)
                 if ended.judgement is None:
                     break
                 self._go_back(ended, ended.judgement, checkpointer)
@@ -139,7 +135,9 @@ class Run:
         self._say(state, ended.step, STOPPED if ended.stopped_by else FINISHED, ended.stopped_by)
         return TrainResult(ended.step, ended.loss, ended.validation, ended.stopped_by)
 
-    def _loop(self, model: LanguageModel, engine: Engine, checkpointer: Checkpointer) -> LoopResult:
+    def _loop(
+        self, model: LanguageModel, engine: Engine, checkpointer: Checkpointer, signals: StopSignals
+    ) -> LoopResult:
         """From the newest checkpoint, or the beginning, to the end or a judgement."""
         config, mesh = self.config, self.mesh
         self.watchdog.enter("setup")
@@ -165,7 +163,7 @@ class Run:
                 engine,
                 checkpointer,
                 log,
-                self.signals,
+                signals,
                 self.watchdog,
                 tuple(rewinds),
                 guard,

@@ -114,9 +114,11 @@ class DeepSpeedEngine:
             buffer.copy_(parts[name])
         parameters = dict(self._bare_module.named_parameters())
         for name in self._names:
-            self._set_parameter(parameters[name], parts[f"model/{name}"])
+            parameter = parameters[name]
+            self._set_parameter(parameter, parts[f"model/{name}"].to(parameter.device))
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameters[name], parts[f"optim/{name}/{moment}"], moment)
+                value = parts[f"optim/{name}/{moment}"].to(parameter.device)
+                safe_set_full_optimizer_state(parameter, value, moment)
         self._refresh_exact()
 
     def _divider(self, deepspeed: Any, mpu: ModelParallelUnit | None) -> Any:

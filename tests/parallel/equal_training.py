@@ -144,6 +144,8 @@ def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype=
     validate(config, dist.get_world_size())
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
     engine = build_engine(config, meta_model(config, axes).train(), mesh)
+    stored = {getattr(p, "ds_tensor", p).dtype for p in engine.module.parameters()}
+    assert stored == {getattr(torch, config.engine.weights)}
     if bug == "no gradients of other rows":
         engine._sum.start = lambda: None
         engine._sum.finish = lambda: None
