@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"run_log"},
     {"loop"},
     {"train", "generate", "export"},
-    {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
+    {"sweep", "quickstart", "bench", "plan_run", "inspect_data", "launch"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it

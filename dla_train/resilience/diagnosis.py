@@ -15,9 +15,7 @@ def first_not_finite(module: nn.Module, losses: Sequence[Callable[[], Tensor]]) 
     losses: compute the loss of each micro-batch. "" where everything is finite. Collective where the model is divided:
     every rank computes all losses, whatever it finds, and no gradient reaches the parameters.
     """
-    if wrong := _parameters(module):
-        return wrong
-    found = [_of_one(module, loss) for loss in losses]
+    found = [_parameters(module), *(_of_one(module, loss) for loss in losses)]
     return next((what for what in found if what), "")
 
 

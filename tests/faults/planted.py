@@ -65,7 +65,8 @@ def weight_not_finite(step: int) -> None:
 
     def plant(loop: Loop) -> None:
         with torch.no_grad():
-            next(p for name, p in loop.engine.module.named_parameters() if "mlp" in name).view(-1)[0] = float("nan")
+            weight = next(p for name, p in loop.engine.module.named_parameters() if "mlp" in name)
+            getattr(weight, "ds_tensor", weight).view(-1)[0] = float("nan")  # ZeRO 3 keeps a part of it there
 
     at_step(step, plant)
 

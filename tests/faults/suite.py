@@ -77,7 +77,10 @@ def run(folder: Path, plans: Sequence[Plan], seed: int) -> list[Outcome]:
     for number, (layout, hurt) in enumerate(tqdm(plans, desc="faults", mininterval=5)):
         whole, seconds = wholes[layout]
         trial = Trial(folder / str(number), corpus, layout)
-        outcomes.append(hurt(trial, whole, seconds, random.Random(f"{seed}:{number}")))
+        try:
+            outcomes.append(hurt(trial, whole, seconds, random.Random(f"{seed}:{number}")))
+        except (OSError, ValueError, KeyError) as error:  # what a trial looks for is not there
+            outcomes.append(Outcome("broken trial", layout, wrong=[f"{number}: {error!r}"]))
         if outcomes[-1].survived:
             trial.remove()
     return outcomes

@@ -224,7 +224,8 @@ def planted(trial: Trial, whole: Trial, fault: str, dice: random.Random) -> Outc
         return outcome
     left_out = log.count("is left out")
     if fault == "weight":  # four steps are left out, then the run goes back and past their data
-        journal = [json.loads(line) for line in (trial.run_dir / "journal.jsonl").read_text().splitlines()]
+        path = trial.run_dir / "journal.jsonl"
+        journal = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if len(journal) != 1 or journal[0]["until_data_step"] - journal[0]["from_data_step"] != 4:
             outcome.wrong.append(f"journal {journal}")
     elif left_out != 1:

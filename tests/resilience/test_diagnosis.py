@@ -48,14 +48,20 @@ def test_the_module_is_named_where_it_begins(how: str, found: str) -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_a_damaged_parameter_is_named_before_anything_is_computed() -> None:
+def test_a_damaged_parameter_is_named_and_everything_is_computed_all_the_same() -> None:
+    """Another rank, whose parameters are whole, computes it too, and would wait for this one."""
     net = model("")
     with torch.no_grad():
         net[2].weight[0, 0] = float("nan")
         net[2].bias[0] = float("inf")
     computed = []
-    assert first_not_finite(net, [lambda: computed.append(1)]) == "parameter 2.weight and 1 more"
-    assert not computed
+
+    def loss() -> Tensor:
+        computed.append(1)
+        return net(torch.ones(2, 3)).sum()
+
+    assert first_not_finite(net, [loss, loss]) == "parameter 2.weight and 1 more"
+    assert len(computed) == 2
 
 
 def test_a_loss_that_breaks_behind_the_last_module_is_told() -> None:

@@ -1,0 +1,112 @@
+"""The command `dla-launch`: `dla-launch launcher=slurm launcher.nodes=2 launcher.ranks_per_node=8 experiment=...`.
+
+Composes and checks the run for all its ranks first, so that what a cluster would refuse after hours in the queue is
+refused now; then writes what is started into the run directory, and starts it. `--dry-run` prints it instead.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dla_train.config import Config, ConfigError
+from dla_train.config_rules import validate
+from dla_train.hydra_app import MISTAKE, compose
+from dla_train.launch.record import launch_folder, write_record
+from dla_train.launch.settings import LauncherConfig, load_launcher, split
+from dla_train.launch.slurm import script
+
+USAGE = """usage: dla-launch [--dry-run] [launcher=torchrun|slurm|FILE.yaml] [launcher.key=value ...] [run's settings]
+
+  dla-launch experiment=quickstart launcher.ranks_per_node=2
+  dla-launch launcher=slurm launcher.nodes=8 launcher.ranks_per_node=8 launcher.partition=gpu experiment=...
+"""
+
+
+class LaunchError(RuntimeError):
+    """The run cannot be started here."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: of torchrun, 0 after a submission, 2 after a mistake."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or {"-h", "--help"} & set(given):
+        print(USAGE, end="")
+        return 0
+    dry = "--dry-run" in given
+    try:
+        return launch([argument for argument in given if argument != "--dry-run"], dry=dry)
+    except (ConfigError, LaunchError, OSError) as error:
+        print(f"dla-launch: error: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+def launch(arguments: Sequence[str], *, dry: bool) -> int:
+    """Start the run, or print what would be started."""
+    own, run = split(arguments)
+    launcher = load_launcher(own)
+    config = compose(list(run))
+    if launcher.kind == "torchrun" and not launcher.ranks_per_node:
+        launcher.ranks_per_node = _devices()
+    validate(config, world_size=launcher.nodes * launcher.ranks_per_node)
+    folder = launch_folder(config)
+    if launcher.kind == "slurm":
+        return _submit(launcher, config, run, folder, dry=dry)
+    return _run_here(launcher, config, run, folder, dry=dry)
+
+
+def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
+    """torchrun in this process's place, so that signals reach it."""
+    if config.train.device == "cuda" and launcher.ranks_per_node > (devices := _devices()):
+        raise LaunchError(
+            f"launcher.ranks_per_node={launcher.ranks_per_node} is more than the {devices} GPU(s) of this machine; "
+            f"set it to {devices} or less"
+        )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={launcher.restarts}"),
+        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "dla_train.train", *run),
+    ]
+    text = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={launcher.save_seconds} {shlex.join(command)}\n"
+    if dry:
+        print(text, end="")
+        return 0
+    write_record(folder, config, launcher, "#!/usr/bin/env bash\nexec env " + text, "run.sh")
+    sys.stdout.flush()
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launcher.save_seconds)
+    os.execv(command[0], command)
+
+
+def _submit(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
+    text = script(launcher, config, run, sys.executable, folder)
+    if dry:
+        print(text, end="")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "launcher.kind=slurm needs sbatch, which is not on this machine's path; log in to the cluster"
+        )
+    path = write_record(folder, config, launcher, text, "job.sh")
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip()
+        raise LaunchError(f"sbatch refused the job: {reason}. The script is {path}; mend launcher.* and launch again")
+    job = done.stdout.strip().split(";")[0]
+    print(f"job {job} is queued; its log is {folder}/slurm-{job}.log, its state `squeue -j {job}` and status.json")
+    return 0
+
+
+def _devices() -> int:
+    """GPUs of this machine, 1 without."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Settings of a launch, given on the same command line as the run's: `launcher=slurm launcher.nodes=2 experiment=...`.
+
+They are no part of the run: how it is started changes none of its numbers, so they are kept out of its configuration
+and its run directory's identity. `launcher=NAME` is a file of configs/launcher/, `launcher=PATH.yaml` a site's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dla_train.config import ConfigError
+from dla_train.hydra_app import config_directory
+
+KINDS = ("torchrun", "slurm")
+TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+")
+"""sbatch's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+
+
+@dataclass
+class LauncherConfig:
+    """How a run is started."""
+
+    kind: str = MISSING
+    """`torchrun` on this machine, or `slurm`."""
+    nodes: int = 1
+    """Machines."""
+    ranks_per_node: int = 0
+    """Processes on each; 0 is one per GPU of this machine, one without (torchrun only)."""
+    gpus: bool = True
+    """Whether the nodes' GPUs are asked for, one a rank (slurm)."""
+    cpus_per_rank: int = 8
+    """Cores for each process: reading data and saving checkpoints (slurm)."""
+    restarts: int = 3
+    """How often all processes are started again in place when one has died or hung."""
+    save_seconds: int = 300
+    """What a step and a checkpoint may take after a signal before processes are killed."""
+    port: int = 29500
+    """Of the rendezvous, on the first node (slurm)."""
+    time: str = "24:00:00"
+    """Time limit of one job (slurm)."""
+    warn_seconds: int = 600
+    """How long before the time limit the run is asked to stop and save (slurm)."""
+    requeues: int = 50
+    """How often a job that was stopped before it finished is queued again (slurm)."""
+    partition: str = ""
+    """Of the cluster (slurm), as are the next three; "" leaves them to its defaults."""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    setup: str = ""
+    """Shell lines before the run on every node: `module load`, NCCL settings of the site (slurm)."""
+    container: str = ""
+    """Image for srun's --container-image (slurm with pyxis)."""
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(settings of the launch, settings of the run)."""
+    own = [argument for argument in arguments if re.match(r"launcher[.=]", argument)]
+    return own, [argument for argument in arguments if argument not in own]
+
+
+def load_launcher(overrides: Sequence[str]) -> LauncherConfig:
+    """The settings of `launcher=...` and `launcher.key=value`. Raises ConfigError, naming the nearest key."""
+    chosen = [o.removeprefix("launcher=") for o in overrides if o.startswith("launcher=")]
+    values = _file(chosen[-1] if chosen else "torchrun")
+    values.merge_with(_given(overrides))
+    names = [field.name for field in fields(LauncherConfig)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            meant = f"did you mean launcher.{near[0]}?" if near else f"choose from {', '.join(names)}"
+            raise ConfigError(f"launcher.{key!s} is not a setting; {meant}")
+    if not isinstance(values.get("time", ""), str):
+        raise ConfigError(f"launcher.time={values['time']} is a number in the file; write it in quotes: '24:00:00'")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LauncherConfig), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"launcher: {str(error).splitlines()[0]}; give a value of the setting's type") from error
+    assert isinstance(config, LauncherConfig)
+    _check(config)
+    return config
+
+
+def _file(name: str) -> DictConfig:
+    path = Path(name) if name.endswith(".yaml") else config_directory() / "launcher" / f"{name}.yaml"
+    if not path.is_file():
+        legal = sorted(file.stem for file in (config_directory() / "launcher").glob("*.yaml"))
+        raise ConfigError(f"launcher={name} is not there; choose from {', '.join(legal)}, or name a .yaml file")
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"launcher={name} holds no settings; write it as configs/launcher/slurm.yaml is")
+    return loaded
+
+
+def _given(overrides: Sequence[str]) -> DictConfig:
+    """Values as they were written: YAML would read 24:00:00 as a number of seconds."""
+    values = {}
+    for item in [o.removeprefix("launcher.") for o in overrides if o.startswith("launcher.")]:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"launcher.{key} has no value; write launcher.{key}=...")
+        values[key] = value
+    return OmegaConf.create(values)
+
+
+def _check(config: LauncherConfig) -> None:
+    def reject(key: str, rule: str, mend: str) -> None:
+        raise ConfigError(f"launcher.{key}={getattr(config, key)} {rule}; {mend}")
+
+    if config.kind not in KINDS:
+        reject("kind", "is not a kind of launcher", f"choose {' or '.join(KINDS)}")
+    for key in ("nodes", "cpus_per_rank", "save_seconds"):
+        if getattr(config, key) < 1:
+            reject(key, "is below 1", "use 1 or more")
+    for key in ("ranks_per_node", "restarts", "requeues", "warn_seconds"):
+        if getattr(config, key) < 0:
+            reject(key, "is below 0", "use 0 or more")
+    if not 1024 <= config.port <= 65535:
+        reject("port", "is not a port that users may open", "choose from 1024 to 65535")
+    if config.kind == "torchrun":
+        if config.nodes > 1:
+            reject(
+                "nodes",
+                "needs a launcher on each",
+                "use launcher=slurm, or launch/torchrun.sh with NODES on each",
+            )
+        return
+    if not TIME.fullmatch(config.time):
+        reject("time", "is not a time limit of sbatch", "write hours:minutes:seconds or days-hours:minutes:seconds")
+    if not config.ranks_per_node:
+        reject("ranks_per_node", "does not say how many processes a node has", "set it to its GPUs, such as 8")
+    if limit_seconds(config.time) <= config.warn_seconds:
+        rule = f"is not within the limit launcher.time={config.time}"
+        reject("warn_seconds", rule, "warn later, or ask for more time")
+
+
+def limit_seconds(time: str) -> int:
+    """Seconds of a time limit of sbatch."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return int(days) * 86400 + hours * 3600 + minutes * 60 + seconds
+    if len(parts) == 1:
+        return parts[0] * 60
+    if len(parts) == 2:
+        return parts[0] * 60 + parts[1]
+    return parts[0] * 3600 + parts[1] * 60 + parts[2]

@@ -1,0 +1,93 @@
+"""The batch script of a run on SLURM: one torchrun a node, started by srun.
+
+Before the time limit SLURM sends SIGUSR1 to the batch shell, on preemption SIGTERM; both are passed on to srun, which
+sends them to every process. The run then saves and says `stopped` in status.json, and the script queues itself again,
+up to a limit. A run that ends in any other way ends the job, with torchrun's exit code.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from dla_train.config import Config
+from dla_train.launch.settings import LauncherConfig
+
+SCRIPT = """#!/usr/bin/env bash
+{directives}
+set -uo pipefail
+{setup}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={save_seconds}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
+status={status}
+echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
+rm -f "$status"
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun --kill-on-bad-exit=1{container} {python} -m torch.distributed.run \\
+    --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} --max-restarts={restarts} \\
+    --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
+    -m dla_train.train {run} &
+child=$!
+asked=
+pass_on() {{
+    [ -z "$asked" ] || return 0
+    asked=$1
+    echo "$(date +%FT%T) $1: the run is asked to stop"
+    kill -"$1" "$child"
+}}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
+trap - USR1 TERM
+echo "$(date +%FT%T) torchrun ended with $code"
+
+# a signal that comes with the last step ends torchrun with an error, though the run is finished
+grep -q '"state": "finished"' "$status" 2> /dev/null && exit 0
+if grep -q '"state": "stopped"' "$status" 2> /dev/null; then
+    if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+        echo "$(date +%FT%T) saved; queued again"
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+    fi
+    echo "saved, but launcher.requeues={requeues} is used up; submit again to go on" >&2
+    exit 75
+fi
+exit "$code"
+"""
+
+
+def script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
+    """The batch script that runs `dla-train` with the settings `run`; logs go to `folder`."""
+    return SCRIPT.format(
+        directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, config, folder)),
+        setup=launcher.setup.strip() or "# launcher.setup adds lines here",
+        save_seconds=launcher.save_seconds,
+        status=shlex.quote(f"{Path(config.run_dir).resolve()}/status.json"),
+        container=f" --container-image={shlex.quote(launcher.container)}" if launcher.container else "",
+        python=shlex.quote(python),
+        ranks=launcher.ranks_per_node,
+        restarts=launcher.restarts,
+        port=launcher.port,
+        requeues=launcher.requeues,
+        run=" ".join(shlex.quote(argument) for argument in run),
+    )
+
+
+def _directives(launcher: LauncherConfig, config: Config, folder: Path) -> list[str]:
+    lines = [
+        f"--job-name={config.name}",
+        f"--nodes={launcher.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={launcher.cpus_per_rank * launcher.ranks_per_node}",
+        f"--time={launcher.time}",
+        f"--signal=B:USR1@{launcher.warn_seconds}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={folder}/slurm-%j.log",
+    ]
+    if launcher.gpus:
+        lines.append(f"--gpus-per-node={launcher.ranks_per_node}")
+    given = {key: getattr(launcher, key) for key in ("partition", "account", "qos", "constraint")}
+    return lines + [f"--{key}={value}" for key, value in given.items() if value]

@@ -1,0 +1,90 @@
+"""dla-launch on a real SLURM of one node: a run is warned before its limit, saves, is queued again, and finishes."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dla_train.launch.command import main
+from dla_train.resilience.exit_codes import read_status
+from dla_train.train import train
+from tests.slurm.cluster import Cluster, missing, start, stop
+from tests.train.runs import ROOT, TINY, numbers_of, tensors_of, write_corpus
+
+pytestmark = pytest.mark.slurm
+STEPS = 900
+"""More than fit into the minute before the first warning."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if why := missing():
+        pytest.skip(why)
+    running = start(tmp_path_factory.mktemp("slurm"))
+    yield running
+    stop(running)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def submit(cluster: Cluster, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> str:
+    """The number of the job."""
+    for key, value in cluster.environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/kernels")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = ["launcher=slurm", "launcher.ranks_per_node=2", "launcher.cpus_per_rank=1", "launcher.gpus=false"]
+    code = main([*small, *arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return re.match(r"job (\d+) is queued", out)[1]
+
+
+def test_a_run_that_meets_its_time_limit_saves_queues_itself_again_and_finishes_unchanged(
+    cluster: Cluster, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = [*TINY, *corpus, "train.micro_batch_rows=2", f"train.steps={STEPS}", "logging.interval_steps=50"]
+    limits = ["launcher.time=1:00", "launcher.warn_seconds=30"]
+    number = submit(cluster, [*limits, *run, f"run_dir={tmp_path}/run"], monkeypatch, capsys)
+    job = cluster.wait(number, {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}, 400)
+    log = next((tmp_path / "run/launches").glob("*/slurm-*.log")).read_text()
+    assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, log[-3000:]
+    assert "USR1: the run is asked to stop" in log and "continues after step" in log
+    status = read_status(tmp_path / "run")
+    assert status and status["state"] == "finished"
+    monkeypatch.undo()
+    from dla_train.hydra_app import compose
+
+    train(compose([*run, f"run_dir={tmp_path}/whole", "train.micro_batch_rows=4"]))
+    expected, found = (numbers_of(tmp_path / name, "loss", "lr") for name in ("whole", "run"))
+    torch.testing.assert_close(torch.tensor(found)[:3], torch.tensor(expected)[:3], rtol=1e-5, atol=0)
+    assert [line[0] for line in found] == [line[0] for line in expected]
+    assert tensors_of(tmp_path / "run", STEPS).keys() >= {"model/embedding.weight"}
+
+
+def test_a_job_that_fails_is_reported_as_failed_and_not_queued_again(
+    cluster: Cluster, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = [*TINY, *corpus, "train.micro_batch_rows=2", f"run_dir={tmp_path}/run"]
+    missing_file = [f"data.train=[{tmp_path}/absent]"]
+    number = submit(cluster, ["launcher.restarts=0", *run, *missing_file], monkeypatch, capsys)
+    job = cluster.wait(number, {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"}, 120)
+    log = next((tmp_path / "run/launches").glob("*/slurm-*.log")).read_text()
+    assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log[-2000:]
+    assert "dla-train: error:" in log and "absent" in log
+
+
+def test_what_the_cluster_refuses_is_told_with_the_script_that_was_kept(
+    cluster: Cluster, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    for key, value in cluster.environment.items():
+        monkeypatch.setenv(key, value)
+    small = ["launcher=slurm", "launcher.ranks_per_node=1", "launcher.cpus_per_rank=1", "launcher.gpus=false"]
+    code = main([*small, "launcher.partition=nowhere", *TINY, *corpus, f"run_dir={tmp_path}/run"])
+    assert code == 2 and "sbatch refused the job" in (err := capsys.readouterr().err) and "partition" in err
+    assert list((tmp_path / "run/launches").glob("*/job.sh"))
