@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-multigpu test-faults check bench bench-train kernel-report clean
+.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm check bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -43,6 +43,9 @@ test-multigpu: $(STAMP)  ## Compare training on all CUDA devices (1, 2, 4, 8) wi
 
 test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs in every way (20 minutes); writes docs/results/
 	$(TEST_ENVIRONMENT) $(BIN)/python -m tests.faults.suite --output docs/results --rounds 4
+
+test-slurm: $(STAMP)  ## Run dla-launch on a SLURM of this machine (Debian: apt install slurm-wlm munge; as root)
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m slurm
 
 check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff check .
