@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -62,8 +63,8 @@ class Watchdog:
             self._phase, self._since = phase, time.monotonic()
         limit = self._limits.get(phase, 0.0)
         faulthandler.cancel_dump_traceback_later()
-        if limit:
-            faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
+        if limit and sys.__stderr__ is not None:  # sys.stderr may be a notebook's, which is no file
+            faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=sys.__stderr__)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -108,7 +109,7 @@ class Watchdog:
                 path.with_suffix(".nccl").write_bytes(_flight_recorder())
         except OSError as error:  # a full or lost disk must not keep a hung process alive
             logger.critical("rank %d: stacks could not be written to %s: %s", self._rank, path, error)
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         return path
 
 

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from dla_train.resilience.exit_codes import HUNG
 from dla_train.resilience.watchdog import Watchdog
 from tests.train.runs import ROOT
@@ -51,6 +53,11 @@ def test_a_hung_phase_ends_the_process_and_writes_its_stacks(tmp_path: Path) -> 
     assert written.name.endswith("_rank3.txt") and "rank 3: " in text and "s in phase step" in text
     assert "wait_for_ever" in text and "<module>" in text
     assert str(written) in done.stderr and "whose limit is 0 s" in done.stderr
+
+
+def test_a_standard_error_that_is_no_file_does_not_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Watchdog({"step": 5.0}, tmp_path, rank=0) as watchdog:  # capsys replaces sys.stderr, as notebooks do
+        watchdog.enter("step")
 
 
 def test_without_limits_no_thread_watches_and_leaving_ends_it(tmp_path: Path) -> None:

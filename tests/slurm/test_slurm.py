@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, missing, start, stop
 from tests.train.runs import ROOT, TINY, numbers_of, tensors_of, write_corpus
 
 pytestmark = pytest.mark.slurm
-STEPS = 900
+STEPS = 400
 """More than fit into the minute before the first warning."""
 
 
