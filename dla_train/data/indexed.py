@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dla_train.data.errors import CorpusTooSmallError, TokenFileError, TokenizerError, VocabularyError
 from dla_train.data.manifest import Manifest
+from dla_train.data.shard_list import expand_prefixes
 from dla_train.data.token_file import TokenFile, token_file_paths
 from dla_train.data.tokenizer import Tokenizer
 
@@ -31,8 +32,9 @@ _PIECE = 1 << 20
 class TokenFiles:
     """One or more `.bin/.idx` pairs, opened as one sequence of documents (in the order of `prefixes`).
 
-    Documents without tokens are left out. Raises TokenFileError (missing, truncated, corrupt), CorpusTooSmallError
-    (no tokens), TokenizerError (manifest names another tokenizer), VocabularyError (ids beyond `vocab_size`).
+    A prefix of many shards stands for them all (shard_list.py). Documents without tokens are left out. Raises
+    TokenFileError (missing, truncated, corrupt), CorpusTooSmallError (no tokens), TokenizerError (manifest names
+    another tokenizer), VocabularyError (ids beyond `vocab_size`).
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class TokenFiles:
     ) -> None:
         if not prefixes:
             raise CorpusTooSmallError("no token files given; set data.train to the prefixes of .bin/.idx pairs")
-        self.prefixes = [str(prefix) for prefix in prefixes]
+        self.prefixes = expand_prefixes(prefixes)
         self.files = [TokenFile(prefix) for prefix in self.prefixes]
         """The pairs, in the order of `prefixes`."""
         for file in self.files:
