@@ -1,4 +1,4 @@
-"""What a killed preparation leaves behind for the next one: `PREFIX.unfinished.json`, written after every shard.
+"""What a killed preparation leaves for the next one: `PREFIX.unfinished.json`, from the start on and after every shard.
 
 It says which settings and inputs the finished shards were made from, and where reading goes on. A restart with other
 settings, or with inputs changed that have been read, is an error: its shards would not be one corpus.
@@ -65,7 +65,8 @@ def write_state(output: str, state: State) -> None:
 
 
 def read_state(output: str, settings: dict[str, Any], inputs: Sequence[list[str | int]]) -> State | None:
-    """The state that is there, None if there is none. Raises PrepareError if it is of other settings or inputs."""
+    """The state that is there, None if there is none worth keeping. Raises PrepareError if its shards are of other
+    settings or inputs."""
     path = state_path(output)
     if not path.exists():
         return None
@@ -79,6 +80,8 @@ def read_state(output: str, settings: dict[str, Any], inputs: Sequence[list[str 
         raise PrepareError(f"{path} is not a state of `dla-prepare` ({error}); begin anew with --overwrite") from error
     if version != FORMAT_VERSION:
         raise PrepareError(f"{path} has version {version}, not {FORMAT_VERSION}; begin anew with --overwrite")
+    if state.shards == 0 and state.settings != settings:
+        return None
     for name, value in settings.items():
         if state.settings.get(name) != value:
             was = f"{path} is an unfinished preparation with {name}={state.settings.get(name)!r}, now it is {value!r}"

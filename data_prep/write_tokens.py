@@ -120,7 +120,7 @@ class _Preparation:
         similarity = self._options.similarity if self._options.duplicates == "near" else None
         batches = encoded_batches(self._sources, (state.source, state.record), tokenizer_path, similarity, workers)
         with contextlib.ExitStack() as stack:
-            stack.callback(self._writer.abandon)
+            stack.callback(self._abandon)
             bar = stack.enter_context(progress_bar(self._sources, "tokenise", progress, state.progress))
             for batch in stack.enter_context(contextlib.closing(batches)):
                 self._take(batch, began)
@@ -144,7 +144,14 @@ class _Preparation:
         if state is None:
             refuse_existing(existing_files(self._output, list(self._tails.values())), overwrite)
             state = State(settings, inputs, splits={split: [] for split in self._tails})
+            write_state(self._output, state)  # before any file: one that is found without a state is not ours
         return state
+
+    def _abandon(self) -> None:
+        """Remove what is not in place; a failure before the first shard leaves nothing at all."""
+        self._writer.abandon()
+        if self.state.shards == 0:
+            state_path(self._output).unlink(missing_ok=True)
 
     def _settings(self) -> dict[str, Any]:
         """What decides the files' bytes."""
