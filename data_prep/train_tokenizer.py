@@ -51,7 +51,7 @@ class TokenizerReport:
     unknown_share: float
     """Share of tokens there that are unknown: 0 unless byte fallback fails."""
     example: str
-    """The first words of it in pieces, `|` between them."""
+    """The first words of it in pieces, `|` between them, line ends as `\\n`."""
     seconds: float
 
 
@@ -191,5 +191,5 @@ def _measures(model: bytes, sample: list[str]) -> _Measures:
         "bytes_per_token": sum(len(chunk.encode()) for chunk in part) / total,
         "byte_share": sum(processor.is_byte(i) for i in ids) / total,
         "unknown_share": sum(processor.is_unknown(i) for i in ids) / total,
-        "example": "|".join(processor.encode(part[0][:_EXAMPLE_CHARACTERS], out_type=str)),
+        "example": "|".join(processor.encode(part[0][:_EXAMPLE_CHARACTERS], out_type=str)).replace("\n", "\\n"),
     }

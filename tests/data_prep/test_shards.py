@@ -119,7 +119,7 @@ def killed_at(event: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def close_files(preparation: Any) -> None:
     """All that a kill does about them."""
     for part in preparation._writer._parts.values():
-        part.writer._builder.data_file.close()
+        part.writer._bin.close()
 
 
 def module_manifest_write() -> Any:
