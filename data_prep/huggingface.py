@@ -8,6 +8,7 @@ bad records, for the rest of a dataset is not a bad record; the same command goe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ class HuggingFaceDataset:
         self.options = options or SourceOptions()
         self._streaming = streaming
         self._dataset = _load_dataset(dataset, split, config, data_files, revision, streaming)
-        names = self._dataset.column_names
-        if names is None:  # a stream whose columns nobody declared
-            names = list(next(iter(self._dataset), {}))
+        names = self._column_names()
         self._columns = [self.options.text_field]
         if self.options.languages:
             self._columns.append(self.options.language_field.partition(".")[0])
@@ -50,6 +49,12 @@ class HuggingFaceDataset:
         fingerprint = "" if streaming else str(self._dataset._fingerprint)
         self.identity: list[str | int] = [self.name, config or "", revision or "", fingerprint, self.total or 0]
         """Names, and the library's fingerprint of the rows where there is one."""
+
+    def _column_names(self) -> list[str]:
+        if self._dataset.column_names is not None:
+            return list(self._dataset.column_names)
+        with self._readable("at its first row"):  # a stream whose columns nobody declared
+            return list(next(iter(self._dataset), {}))
 
     @property
     def total(self) -> int | None:
@@ -61,28 +66,41 @@ class HuggingFaceDataset:
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """Rows after the first `start`. Raises PrepareError if the dataset cannot be read on."""
+        form, done = RecordForm(self.name, "row", False, self.options), start
+        if not self._streaming and start >= len(self._dataset):
+            return
+        rows = self._dataset.select_columns(self._columns).skip(start).iter(batch_size=ROWS_PER_READ)
+        while True:
+            with self._readable(f"after row {done}"):
+                batch = next(rows, None)
+            if batch is None:
+                return
+            texts = batch[self._columns[0]]
+            tags = batch[self._columns[-1]] if self.options.languages else [None] * len(texts)
+            for text, tag in zip(texts, tags, strict=True):
+                done += 1
+                yield Record(form, _payload(text, done, form), self._tag(tag), done, 0, 1)
+
+    def _tag(self, tag: Any) -> Any:
+        for name in self.options.language_field.split(".")[1:]:
+            tag = tag.get(name) if isinstance(tag, dict) else None
+        return tag
+
+    @contextmanager
+    def _readable(self, where: str) -> Iterator[None]:
         import datasets
 
-        form, done = RecordForm(self.name, "row", False, self.options), start
-        rows = self._dataset.select_columns(self._columns)
         try:
-            left = rows.skip(start)
-            for batch in left.iter(batch_size=ROWS_PER_READ):
-                tags = batch[self._columns[-1]] if self.options.languages else [None] * len(batch[self._columns[0]])
-                for text, tag in zip(batch[self._columns[0]], tags, strict=True):
-                    done += 1
-                    for name in self.options.language_field.split(".")[1:]:
-                        tag = tag.get(name) if isinstance(tag, dict) else None
-                    payload = "" if text is None else text
-                    if isinstance(payload, str) and len(payload) > self.options.largest_bytes // 4:
-                        payload = _measured(payload, done, form)
-                    yield Record(form, payload, tag, done, 0, 1)
+            yield
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             mend = "mend it or try again: the same command goes on from the last finished shard"
-            raise PrepareError(f"dataset {self.name} cannot be read after row {done}: {error}; {mend}") from error
+            raise PrepareError(f"dataset {self.name} cannot be read {where}: {error}; {mend}") from error
 
 
-def _measured(text: str, number: int, form: RecordForm) -> Any:
+def _payload(text: Any, number: int, form: RecordForm) -> Any:
+    """The text, nothing for null; what is of another type is found out with the other records."""
+    if not isinstance(text, str) or len(text) * 4 <= form.options.largest_bytes:
+        return "" if text is None else text
     checked = within(text.encode("utf-8", "surrogatepass"), number, form)
     return text if isinstance(checked, bytes) else checked
 

@@ -8,6 +8,7 @@ shards.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 
@@ -30,8 +31,7 @@ class NearDuplicates:
             raise PrepareError(
                 "near-duplicates need datasketch; run `pip install dla-train[dedup]`, or take --duplicates exact"
             ) from error
-        index = datasketch.MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS)
-        self.band_count, self._rows = int(index.b), int(index.r)
+        self.band_count, self._rows = _bands_and_rows(similarity)
         self._empty = datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
         self.version = str(datasketch.__version__)
         """Of datasketch: its hashes are comparable within one version."""
@@ -50,6 +50,14 @@ class NearDuplicates:
             _band_hash(band, values[band * self._rows : (band + 1) * self._rows].tobytes())
             for band in range(self.band_count)
         )
+
+
+@functools.cache  # the library integrates for it, a tenth of a second
+def _bands_and_rows(similarity: float) -> tuple[int, int]:
+    import datasketch
+
+    index = datasketch.MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS)
+    return int(index.b), int(index.r)
 
 
 def _band_hash(band: int, rows: bytes) -> int:

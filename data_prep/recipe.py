@@ -17,6 +17,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data_prep.huggingface import HuggingFaceDataset
 from data_prep.records import PrepareError, SourceOptions, TextSource
@@ -85,7 +86,7 @@ def recipe_sources(recipe: str) -> list[TextSource]:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path))
         contents = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, OSError, TypeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise PrepareError(f"recipe {path}: {reason}; its form is in docs/data.md") from error
     assert isinstance(contents, Recipe)

@@ -18,6 +18,7 @@ from data_prep.records import PrepareError
 
 COMPRESSED = (".gz", ".zst")
 _READ_BYTES = 1 << 20
+_UNPACKED_BYTES = 1 << 16  # of a compressed file at once: what is lost before the place where it is damaged
 
 
 class Piece(NamedTuple):
@@ -36,10 +37,10 @@ def uncompressed(raw: IO[bytes], path: Path) -> io.BufferedReader:
     """The contents of an open file, by its suffix."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), _READ_BYTES)
+        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), _UNPACKED_BYTES)
     if suffix == ".zst":
         pyarrow = import_pyarrow(str(path))[0]
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), _READ_BYTES)
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"), _UNPACKED_BYTES)
     return io.BufferedReader(cast(io.RawIOBase, raw), _READ_BYTES)
 
 
@@ -76,7 +77,7 @@ def whole(stream: io.BufferedReader, limit: int) -> Iterator[Piece]:
 def pieces(stream: io.BufferedReader, separator: bytes, limit: int) -> Iterator[Piece]:
     """What stands between separators, which belong to no piece. Raises DamagedStreamError."""
     rest, begin, dropped = b"", 0, 0  # dropped: bytes of the present piece that are held no more
-    while block := _read(stream.read, _READ_BYTES):
+    while block := _read(stream.read1, _READ_BYTES):
         *ended, rest = (rest + block).split(separator)
         for data in ended:
             yield Piece(data if dropped + len(data) <= limit else None, begin)
