@@ -4,6 +4,7 @@ python -m dla_train.bench                 the CPU's measurements; then the kerne
 python -m dla_train.bench kernels ...     dla_kernels.bench
 python -m dla_train.bench training ...    training steps of the paper's models
 python -m dla_train.bench data ...        reading token files, and starts on a large corpus
+python -m dla_train.bench prepare ...     tokenising text, over processes
 python -m dla_train.bench render ...      pages and pictures from kernels.json and training.json, on any machine
 """
 
@@ -31,6 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         from dla_train.bench.data import main as data
 
         return data(given[1:])
+    if given[:1] == ["prepare"]:
+        from dla_train.bench.prepare import main as prepare
+
+        return prepare(given[1:])
     if given[:1] == ["render"]:
         from dla_train.bench.render import main as render
 

@@ -103,6 +103,6 @@ def _shard(path: Path, entry: object) -> Shard:
         right = isinstance(value, str) if kind == "str" else type(value) is int and value >= 0
         if not right:
             raise TokenFileError(f"{path} has {name}={value!r}, which is not of its type {kind}; {_REMAKE}")
-    if PurePath(entry["name"]).name != entry["name"]:
+    if PurePath(entry["name"]).name != entry["name"] or entry["name"] in ("", ".."):
         raise TokenFileError(f"{path} names the shard {entry['name']!r}, which does not lie beside it; {_REMAKE}")
     return Shard(**entry)
