@@ -38,9 +38,11 @@ def test_the_list_is_read_as_it_was_written(prefix: str) -> None:
 
 
 def test_a_missing_a_foreign_and_a_doubled_corpus_are_errors(prefix: str, write_files: WriteFiles) -> None:
-    Path(f"{prefix}_00001.bin").rename(f"{prefix}_00001.away")
+    Path(f"{prefix}_00001.bin").unlink()
     with pytest.raises(TokenFileError, match=r"c_00001\.bin does not exist"):
         TokenFiles([prefix])
+    for suffix in ("idx", "json"):
+        Path(f"{prefix}_00001.{suffix}").unlink()
     write_files([[1, 2, 3]], "c_00001")
     with pytest.raises(TokenFileError, match=r"c_00001\.json says 3 tokens, .*c\.shards\.json says 2: not a shard of"):
         TokenFiles([prefix])
