@@ -7,7 +7,7 @@ from pathlib import Path
 from data_prep.sources import text_sources
 from data_prep.stdlib_corpus import write_stdlib_corpus
 from data_prep.train_tokenizer import train_tokenizer
-from data_prep.write_tokens import write_tokens
+from data_prep.write_tokens import TokenOptions, write_tokens
 
 WORKERS = 2
 
@@ -21,10 +21,11 @@ def prepare_stdlib_files(tokenizer: str | Path, vocab_size: int) -> None:
     corpus, prefix = model.with_suffix(".jsonl"), model.with_suffix("")
     if not corpus.exists():
         print(f"corpus: {write_stdlib_corpus(corpus).text_bytes / 1e6:.1f} MB of Python's standard library")
-    sources = text_sources([str(corpus)], text_field="text")
+    sources = text_sources([corpus])
     if not model.exists():
         report = train_tokenizer(sources, model, vocab_size)
         print(f"tokenizer: {report.vocab_size} ids, {report.bytes_per_token:.2f} bytes per token")
     if not Path(f"{prefix}_train.bin").exists():
-        for split in write_tokens(sources, prefix, model, validation_fraction=0.02, workers=WORKERS).splits.values():
+        options = TokenOptions(validation_fraction=0.02)
+        for split in write_tokens(sources, prefix, model, options, workers=WORKERS).splits.values():
             print(f"{split.prefix}: {split.documents:,} documents, {split.tokens:,} tokens")

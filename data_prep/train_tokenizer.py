@@ -14,14 +14,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from data_prep.sources import PrepareError, TextSource, progress_bar
+from data_prep.records import PrepareError, TextSource, documents, progress_bar
 from dla_train.data.indexed import refuse_existing
 
 MODEL_TYPES = ("bpe", "unigram")
 _CHUNK_CHARACTERS = 4000
 _SMALLEST_VOCABULARY = 300  # 256 bytes, unknown, BOS, EOS, and some characters
 _MOST_THREADS = 16
+_EXAMPLE_CHARACTERS = 60
+
+
+class _Measures(TypedDict):
+    """Fields of TokenizerReport that are measured on the sample."""
+
+    bytes_per_token: float
+    byte_share: float
+    unknown_share: float
+    example: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,12 @@ class TokenizerReport:
     """UTF-8 bytes it was trained on."""
     bytes_per_token: float
     """On part of that sample."""
+    byte_share: float
+    """Share of tokens there that are single bytes, which is how characters outside the vocabulary are spelt."""
+    unknown_share: float
+    """Share of tokens there that are unknown: 0 unless byte fallback fails."""
+    example: str
+    """The first words of it in pieces, `|` between them, line ends as `\\n`."""
     seconds: float
 
 
@@ -45,14 +62,16 @@ def train_tokenizer(
     *,
     model_type: str = "bpe",
     sample_megabytes: float = 16.0,
+    on_error: str = "stop",
     overwrite: bool = False,
     progress: bool = True,
 ) -> TokenizerReport:
     """Train on a sample of at most `sample_megabytes`, spread over `sources`, and write OUTPUT (a `.model` file)
     atomically.
 
-    Ids: 0 unknown, 1 BOS, 2 EOS. Deterministic. Raises PrepareError (no text, vocabulary too large or too small for it,
-    wrong suffix) and TokenFileError if OUTPUT exists and `overwrite` is false.
+    Ids: 0 unknown, 1 BOS, 2 EOS. Deterministic. Records that cannot be used end it, or are passed over with `on_error`
+    skip. Raises PrepareError (no text, vocabulary too large or too small for it, wrong suffix) and TokenFileError if
+    OUTPUT exists and `overwrite` is false.
     """
     began = time.perf_counter()
     output = Path(output)
@@ -65,7 +84,7 @@ def train_tokenizer(
             f"vocab_size={vocab_size} is below {_SMALLEST_VOCABULARY}: byte fallback alone takes 259 pieces"
         )
     refuse_existing([output], overwrite)
-    sample = _sample(sources, int(sample_megabytes * 1e6), progress)
+    sample = _sample(sources, int(sample_megabytes * 1e6), on_error, progress)
     if not sample:
         raise PrepareError("no text in the sources: a tokenizer cannot be trained on nothing")
     model = _train(sample, vocab_size, model_type)
@@ -75,7 +94,7 @@ def train_tokenizer(
         model_type=model_type,
         vocab_size=vocab_size,
         sample_bytes=sum(len(chunk.encode()) for chunk in sample),
-        bytes_per_token=_bytes_per_token(model, sample),
+        **_measures(model, sample),
         seconds=time.perf_counter() - began,
     )
 
@@ -118,7 +137,7 @@ def _train(sample: list[str], vocab_size: int, model_type: str) -> bytes:
     return model.getvalue()
 
 
-def _sample(sources: Sequence[TextSource], budget: int, progress: bool) -> list[str]:
+def _sample(sources: Sequence[TextSource], budget: int, on_error: str, progress: bool) -> list[str]:
     """Chunks of the text, at most `budget` bytes, chosen by hash in one pass over sources of unknown length.
 
     A chunk stays while its hash is under a threshold, which halves whenever twice the budget is held.
@@ -127,8 +146,8 @@ def _sample(sources: Sequence[TextSource], budget: int, progress: bool) -> list[
     threshold, held = 1 << 64, 0
     with progress_bar(sources, "read", progress) as bar:
         for source in sources:
-            for document in source.documents():
-                for chunk in _chunks(document.text):
+            for text, read in documents(source, on_error):
+                for chunk in _chunks(text):
                     data = chunk.encode()
                     place = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
                     if place < threshold:
@@ -138,7 +157,7 @@ def _sample(sources: Sequence[TextSource], budget: int, progress: bool) -> list[
                     threshold //= 2
                     kept = [item for item in kept if item[0] < threshold]
                     held = sum(item[2] for item in kept)
-                bar.update(document.progress)
+                bar.update(read)
     while held > budget and len(kept) > 1:
         threshold = threshold * 15 // 16
         kept = [item for item in kept if item[0] < threshold] or kept[:1]
@@ -161,9 +180,16 @@ def _chunks(text: str) -> Iterator[str]:
     yield chunk
 
 
-def _bytes_per_token(model: bytes, sample: list[str]) -> float:
+def _measures(model: bytes, sample: list[str]) -> _Measures:
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_proto=model)
     part = sample[:: max(len(sample) // 250, 1)]
-    return sum(len(chunk.encode()) for chunk in part) / max(sum(len(processor.encode(chunk)) for chunk in part), 1)
+    ids = [i for chunk in part for i in processor.encode(chunk)]
+    total = max(len(ids), 1)
+    return {
+        "bytes_per_token": sum(len(chunk.encode()) for chunk in part) / total,
+        "byte_share": sum(processor.is_byte(i) for i in ids) / total,
+        "unknown_share": sum(processor.is_unknown(i) for i in ids) / total,
+        "example": "|".join(processor.encode(part[0][:_EXAMPLE_CHARACTERS], out_type=str)).replace("\n", "\\n"),
+    }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dla_train.config import DataConfig
 from dla_train.data.manifest import read_manifest
+from dla_train.data.shard_list import expand_prefixes
 from dla_train.data.tokenizer import load_tokenizer
 from dla_train.data_config import training_sources
 from dla_train.evaluate.loading import load_model
@@ -189,7 +190,7 @@ def _sample_run(options: argparse.Namespace) -> None:
 
 def _trained_with_bos(data: DataConfig) -> bool:
     """Whether documents began with BOS in training; files without a manifest are taken to have none."""
-    manifest = Path(f"{training_sources(data)[0].prefixes[0]}.json")
+    manifest = Path(f"{expand_prefixes(training_sources(data)[0].prefixes)[0]}.json")
     return manifest.is_file() and read_manifest(manifest).bos
 
 

@@ -2,12 +2,15 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from data_prep.prepare import _parser as prepare_parser
+from data_prep.recipe import RecipeSource, recipe_sources
 from dla_train.config_rules import validate
 from dla_train.data_config import training_phases
 from dla_train.hydra_app import compose
@@ -32,6 +35,20 @@ def test_the_examples_of_settings_are_legal(number: int) -> None:
 @pytest.mark.parametrize("command", re.findall(r"^dla-train ([^#\n]*)", SHELL, re.MULTILINE))
 def test_training_commands_are_legal(command: str) -> None:
     validate(compose(shlex.split(command)))
+
+
+@pytest.mark.parametrize("command", re.findall(r"^dla-prepare ([^#\n]*)", SHELL, re.MULTILINE))
+def test_commands_of_dla_prepare_are_known(command: str) -> None:
+    assert prepare_parser().parse_args(shlex.split(command)).run
+
+
+def test_the_recipe_on_the_page_is_legal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = next(text for text in re.findall(r"((?:^    .*\n)+)", PAGE, re.MULTILINE) if "sources:" in text)
+    (tmp_path / "recipe.yaml").write_text(textwrap.dedent(block))
+    opened: list[RecipeSource] = []
+    monkeypatch.setattr(RecipeSource, "open", lambda self: opened.append(self) or [])
+    recipe_sources(str(tmp_path / "recipe.yaml"))
+    assert [bool(source.dataset) for source in opened] == [False, False, True]
 
 
 def test_commands_of_dla_data_are_known() -> None:

@@ -23,10 +23,16 @@ def test_every_code_folder_is_packaged() -> None:
 
 
 def test_every_configuration_file_is_packaged() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["dla_train.configs"]
-    taken = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    taken = {path for pattern in data["dla_train.configs"] for path in (ROOT / "configs").glob(pattern)}
     assert taken == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
     assert taken
+    recipes = {path for pattern in data["data_prep"] for path in (ROOT / "data_prep").glob(pattern)}
+    assert (
+        recipes
+        == {path for path in (ROOT / "data_prep").rglob("*") if path.is_file() and path.suffix == ".yaml"}
+        != set()
+    )
 
 
 @pytest.mark.parametrize("command", sorted(PROJECT["project"]["scripts"]))

@@ -1,4 +1,4 @@
-"""Reading a Megatron `.idx`: where each document of a `.bin` lies, checked before anything trusts it.
+"""A Megatron `.idx`, which says where each document of a `.bin` lies: written, and read with checks.
 
 The format is Megatron-LM's indexed dataset, version 1: a header, then int32 lengths and int64 byte positions of
 sequences, then int64 document edges. It is read here with NumPy, in pieces: the index of 25 million documents is half
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def read_index(path: Path) -> TokenIndex:
     edges = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[_read_edges(path, header, 0, header.edges)]
     joined = np.diff(edges)
     return TokenIndex(header.dtype, tokens, joined[joined > 0], edges[:-1][joined > 0] * header.dtype.itemsize)
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
+    """Type of the tokens that are written for a vocabulary: megatron-core's choice."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+def write_index(path: Path, dtype: np.dtype[np.integer], lengths: array[int]) -> None:
+    """Write the `.idx` of documents of `lengths` tokens that lie one after another, each of one sequence."""
+    sizes = np.array(lengths, dtype="<i4")
+    ends = np.cumsum(sizes, dtype="<i8")
+    code = {name: code for code, name in _TOKEN_TYPES.items()}[dtype.str]
+    with path.open("wb") as stream:
+        stream.write(HEADER.pack(_MAGIC, 1, code, len(sizes), len(sizes) + 1))
+        for part in (sizes, (ends - sizes) * dtype.itemsize, np.arange(len(sizes) + 1, dtype="<i8")):
+            part.tofile(stream)
 
 
 def _read_header(path: Path) -> _Header:

@@ -1,26 +1,28 @@
 """Megatron `.bin/.idx` token files: checked opening, vectorised reading, atomic writing.
 
-The format is Megatron-LM's indexed dataset (uint16 tokens for vocabularies under 65,500, else int32), written through
-megatron-core's own class, so that files travel both ways; megatron is imported on first use (seconds) and only here.
-Files are read without it: its reader fails with bare assertions, or takes a truncated `.bin` without complaint until
-the missing tokens are asked for. Opening is token_file.py's; what stays in memory is 4 bytes a document.
+The format is Megatron-LM's indexed dataset (uint16 tokens for vocabularies under 65,500, else int32), byte for byte
+what megatron-core's builder writes, so that files travel both ways. Neither way goes through it: its import takes
+seconds, its reader fails with bare assertions, or takes a truncated `.bin` without complaint until the missing tokens
+are asked for. Opening is token_file.py's; what stays in memory is 4 bytes a document.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import warnings
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dla_train.data.errors import CorpusTooSmallError, TokenFileError, TokenizerError, VocabularyError
+from dla_train.data.index_file import token_dtype, write_index
 from dla_train.data.manifest import Manifest
+from dla_train.data.shard_list import expand_prefixes
 from dla_train.data.token_file import TokenFile, token_file_paths
 from dla_train.data.tokenizer import Tokenizer
 
@@ -31,8 +33,9 @@ _PIECE = 1 << 20
 class TokenFiles:
     """One or more `.bin/.idx` pairs, opened as one sequence of documents (in the order of `prefixes`).
 
-    Documents without tokens are left out. Raises TokenFileError (missing, truncated, corrupt), CorpusTooSmallError
-    (no tokens), TokenizerError (manifest names another tokenizer), VocabularyError (ids beyond `vocab_size`).
+    A prefix of many shards stands for them all (shard_list.py). Documents without tokens are left out. Raises
+    TokenFileError (missing, truncated, corrupt), CorpusTooSmallError (no tokens), TokenizerError (manifest names
+    another tokenizer), VocabularyError (ids beyond `vocab_size`).
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class TokenFiles:
     ) -> None:
         if not prefixes:
             raise CorpusTooSmallError("no token files given; set data.train to the prefixes of .bin/.idx pairs")
-        self.prefixes = [str(prefix) for prefix in prefixes]
+        self.prefixes = expand_prefixes(prefixes)
         self.files = [TokenFile(prefix) for prefix in self.prefixes]
         """The pairs, in the order of `prefixes`."""
         for file in self.files:
@@ -145,13 +148,16 @@ class TokenFileWriter:
         self._temporary = [path.with_name(path.name + ".partial") for path in self._paths]
         refuse_existing(self._paths, overwrite)
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
-        module = _megatron_indexed_dataset()
         self._vocab_size = vocab_size
-        self._builder = module.IndexedDatasetBuilder(
-            str(self._temporary[0]), dtype=module.DType.optimal_dtype(vocab_size)
-        )
-        self.documents = 0
+        self._dtype = token_dtype(vocab_size)
+        self._lengths: array[int] = array("i")
+        self._bin = self._temporary[0].open("wb")
         self.tokens = 0
+
+    @property
+    def documents(self) -> int:
+        """Documents written so far."""
+        return len(self._lengths)
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -159,24 +165,25 @@ class TokenFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._builder.data_file.close()
+        self._bin.close()
         for path in self._temporary:
             path.unlink(missing_ok=True)
 
     def add(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
         """Append one document (at least one token, ids in [0, vocab_size))."""
-        tokens = np.asarray(ids, dtype=np.int64)
+        tokens = np.asarray(ids)
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise VocabularyError(
                 f"{self.prefix}: document {self.documents} is empty or has an id outside [0, {self._vocab_size})"
             )
-        self._builder.add_document(tokens, [tokens.size])
-        self.documents += 1
+        self._bin.write(tokens.astype(self._dtype).tobytes())
+        self._lengths.append(tokens.size)
         self.tokens += int(tokens.size)
 
     def commit(self, manifest: Manifest) -> None:
         """Flush to disk, write the manifest, and rename the three files into place."""
-        self._builder.finalize(str(self._temporary[1]))
+        self._bin.close()
+        write_index(self._temporary[1], self._dtype, self._lengths)
         manifest.write(self._temporary[2])
         for path in self._temporary:
             with path.open("rb") as stream:
@@ -191,16 +198,6 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
         raise TokenFileError(f"{', '.join(existing)} exists already; choose another output, or pass --overwrite")
-
-
-def _megatron_indexed_dataset() -> ModuleType:
-    with warnings.catch_warnings():
-        # its import warns about absent Apex and Transformer Engine, which token files do not use, and, inside torch,
-        # about torch.jit
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
 
 
 def _check_manifest(

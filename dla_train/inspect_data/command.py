@@ -18,6 +18,7 @@ from dla_train.config_rules import validate
 from dla_train.data.errors import DataError
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.loader import BatchSource, training_batches
+from dla_train.data.shard_list import expand_prefixes
 from dla_train.data.tokenizer import load_tokenizer
 from dla_train.data_config import training_sources
 from dla_train.hydra_app import compose
@@ -160,8 +161,9 @@ def _config(what: list[str]) -> Config | None:
 
 def _prefixes(what: list[str], config: Config | None) -> list[str]:
     if config is None:
-        return what
-    return [*(p for source in training_sources(config.data) for p in source.prefixes), *config.data.validation]
+        return expand_prefixes(what)
+    given = [*(p for source in training_sources(config.data) for p in source.prefixes), *config.data.validation]
+    return expand_prefixes(given)
 
 
 def _open(what: list[str], config: Config | None) -> dict[str, TokenFiles]:

@@ -53,8 +53,8 @@ def test_progress_has_a_bar_with_a_total(
     [
         (["tokens", "absent.txt"], "absent.txt does not exist"),
         (["tokens"], "no input given"),
-        (["tokens", "x", "--dataset", "y"], "--dataset cannot be combined"),
-        (["tokens", "--dataset", "y", "--separator", "|"], "--dataset cannot be combined"),
+        (["tokens", "x", "--dataset", "y"], "dataset y is given beside paths or a separator"),
+        (["tokens", "--dataset", "y", "--separator", "|"], "dataset y is given beside paths or a separator"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(

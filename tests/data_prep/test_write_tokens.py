@@ -2,21 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data_prep.sources import PrepareError, text_sources
+from data_prep.records import PrepareError, SourceOptions
+from data_prep.report import TokensReport
+from data_prep.sources import text_sources
 from data_prep.train_tokenizer import train_tokenizer
-from data_prep.write_tokens import TokensReport, write_tokens
+from data_prep.write_tokens import TokenOptions, write_tokens
 from dla_train.data.errors import TokenFileError, TokenizerError
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.manifest import read_manifest
 from dla_train.data.tokenizer import load_tokenizer
 
 
-def write(paths: list[Path], output: Path, tokenizer: Path, **options: float | bool) -> TokensReport:
-    return write_tokens(text_sources(paths), output, tokenizer, progress=False, **options)  # type: ignore[arg-type]
+def write(
+    paths: list[Path], output: Path, tokenizer: Path, *, workers: int = 1, overwrite: bool = False, **options: Any
+) -> TokensReport:
+    sources, chosen = text_sources(paths), TokenOptions(**options)
+    return write_tokens(sources, output, tokenizer, chosen, workers=workers, overwrite=overwrite, progress=False)
 
 
 def decoded(prefix: Path, tokenizer_path: Path) -> list[str]:
@@ -57,7 +63,7 @@ def test_split_follows_the_text_not_its_place(text_folder: Path, tokenizer_path:
 def test_any_number_of_workers_writes_the_same_files(
     text_folder: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.write_tokens._BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr("data_prep.encoding._BATCH_BYTES", 5000)
     write([text_folder], tmp_path / "one", tokenizer_path)
     write([text_folder], tmp_path / "two", tokenizer_path, workers=2)
     for suffix in ("bin", "idx", "json"):
@@ -67,15 +73,17 @@ def test_any_number_of_workers_writes_the_same_files(
 def test_empty_documents_are_left_out_and_counted(tokenizer_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one|  \n|two||")
-    report = write_tokens(text_sources([path], separator="|"), tmp_path / "out", tokenizer_path, progress=False)
+    report = write_tokens(
+        text_sources([path], SourceOptions(separator="|")), tmp_path / "out", tokenizer_path, progress=False
+    )
     assert decoded(tmp_path / "out", tokenizer_path) == ["one", "two"]
-    assert report.skipped_empty == 3
+    assert report.counts == {"kept": 2, "empty": 3}
 
 
 def test_empty_corpus_is_an_error_and_writes_nothing(tokenizer_path: Path, tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
     path.write_text(" \n")
-    with pytest.raises(PrepareError, match=r"no text in .*empty\.txt: every document is empty"):
+    with pytest.raises(PrepareError, match=r"no text in .*empty\.txt: nothing was written \(1 empty\)"):
         write([path], tmp_path / "out", tokenizer_path)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -162,7 +170,7 @@ def test_sample_is_spread_over_the_text(tmp_path: Path) -> None:
 
     path = tmp_path / "numbers.txt"
     path.write_text("".join(f"{i:09d}\n" for i in range(200_000)))
-    places = np.array([int(chunk[:9]) for chunk in _sample(text_sources([path]), 400_000, progress=False)])
+    places = np.array([int(chunk[:9]) for chunk in _sample(text_sources([path]), 400_000, "stop", progress=False)])
     assert np.all(np.diff(places) > 0)
     assert np.histogram(places, bins=4, range=(0, 200_000))[0].min() > 10
 

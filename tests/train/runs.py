@@ -68,7 +68,7 @@ def write_corpus(folder: Path) -> list[str]:
     """Prepare a small corpus of under 8 steps an epoch; the overrides that name it, its held-out part and tokenizer."""
     from data_prep.sources import text_sources
     from data_prep.train_tokenizer import train_tokenizer
-    from data_prep.write_tokens import write_tokens
+    from data_prep.write_tokens import TokenOptions, write_tokens
 
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(60):
@@ -78,7 +78,8 @@ def write_corpus(folder: Path) -> list[str]:
     sources = text_sources(sorted(folder.glob("*.txt")))
     tokenizer = train_tokenizer(sources, folder / "tiny.model", 310, progress=False).path
     part = text_sources(sorted(folder.glob("*.txt"))[:36])
-    write_tokens(part, folder / "tiny", tokenizer, validation_fraction=0.2, progress=False)
+    options = TokenOptions(validation_fraction=0.2)
+    write_tokens(part, folder / "tiny", tokenizer, options, progress=False)
     return [
         f"data.train=[{folder}/tiny_train]",
         f"data.validation=[{folder}/tiny_validation]",
