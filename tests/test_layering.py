@@ -17,9 +17,10 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"logical_state"},
     {"engine", "checkpoint"},
     {"evaluate", "data_prep", "resilience"},
+    {"huggingface"},
     {"run_log"},
     {"loop"},
-    {"train", "generate", "export"},
+    {"train", "generate"},
     {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
@@ -27,7 +28,7 @@ DOORS = {  # third party: path prefixes that may import it
     "triton": ("kernels/dla_kernels/",),
     "megatron": ("dla_train/parallel/", "dla_train/data/", "dla_train/bench/data.py"),
     "deepspeed": ("dla_train/engine/",),
-    "transformers": ("dla_train/data/tokenizer.py", "dla_train/export.py", "dla_train/evaluate/"),
+    "transformers": ("dla_train/data/tokenizer.py", "dla_train/huggingface/", "dla_train/evaluate/"),
 }
 
 

@@ -12,7 +12,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dla_train.config import DataConfig
 from dla_train.data.errors import TokenFileError
+from dla_train.data_config import training_sources
 
 FORMAT_VERSION = 1
 
@@ -77,3 +79,9 @@ def _is_of_type(value: object, annotation: str) -> bool:
     if annotation == "int":
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, {"str": str, "bool": bool}[annotation])
+
+
+def trained_with_bos(data: DataConfig) -> bool:
+    """Whether documents began with BOS in training; files without a manifest are taken to have none."""
+    manifest = Path(f"{training_sources(data)[0].prefixes[0]}.json")
+    return manifest.is_file() and read_manifest(manifest).bos
