@@ -43,6 +43,10 @@ class ModelConfig:
     """Inner width of the SwiGLU MLP; 0 leaves the MLP out."""
     conv_width: int = 4
     """Taps of the short causal convolution before a recurrent mixer; 0 leaves it out. 0 for attention."""
+    conv_bias: bool = False
+    """Add a learned bias to the convolution's sums before SiLU, as in Mamba-2's published checkpoints."""
+    qk_norm_eps: float = 0.0
+    """Added to |q|^2 and |k|^2 in gated_deltanet's normalisation; published implementations have 1e-6. 0 is exact."""
     rope_base: float = 500000.0
     """Base of the rotary embedding of attention; recurrent mixers have no position code."""
     tie_embeddings: bool = False

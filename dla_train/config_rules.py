@@ -71,6 +71,7 @@ AT_LEAST: dict[str, int] = {
     "model.value_dim": 1,
     "model.mlp_width": 0,
     "model.conv_width": 0,
+    "model.qk_norm_eps": 0,
     "memory.interval_tokens": 1,
     "memory.levels": 1,
     "memory.routing_dim": 1,
@@ -157,6 +158,12 @@ def _check_model(model: ModelConfig) -> None:
             f"does not divide model.num_heads={model.num_heads}",
             f"choose from {_listed(divisors)}",
         )
+    if model.conv_bias and not model.conv_width:
+        rule = "has no convolution to go with where model.conv_width=0"
+        _reject("model.conv_bias", True, rule, "set model.conv_width=4, or model.conv_bias=false")
+    if model.qk_norm_eps and model.backbone != "gated_deltanet":
+        rule = f"is used only with model.backbone=gated_deltanet, not {model.backbone}"
+        _reject("model.qk_norm_eps", model.qk_norm_eps, rule, "leave it at 0")
     if model.backbone != "attention":
         return
     if model.value_dim != model.key_dim:

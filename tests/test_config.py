@@ -104,6 +104,14 @@ BROKEN = {
         [*ATTENTION, "model.key_dim=31", "model.value_dim=31"],
         ["model.key_dim=31", "even"],
     ),
+    "a bias without a convolution": (
+        ["model.conv_width=0", "model.conv_bias=true"],
+        ["model.conv_bias=True", "=false"],
+    ),
+    "an epsilon of no keys": (
+        ["model=mamba2_tiny", "model.qk_norm_eps=1e-6"],
+        ["model.qk_norm_eps=1e-06", "gated_deltanet", "at 0"],
+    ),
     "attention with a convolution": ([*ATTENTION, "model.conv_width=4"], ["model.conv_width=4", "=0"]),
     "capacity 0": (["memory.capacity=0"], ["memory.capacity=0", "1 to 64"]),
     "capacity 65": (["memory.capacity=65"], ["memory.capacity=65", "1 to 64"]),
