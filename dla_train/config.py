@@ -176,6 +176,8 @@ class TrainConfig:
 
     steps: int = MISSING
     """Optimizer steps of the whole run; the schedules end here."""
+    initial: str | None = None
+    """Model folder (of dla-export or dla-import) whose weights the run begins with, at step 0; None initialises."""
     stop_at_step: int | None = None
     """Stop early after this step, with a checkpoint; the schedules still end at `steps`."""
     global_batch_rows: int = MISSING

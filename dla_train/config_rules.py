@@ -344,6 +344,8 @@ def _check_loop(config: Config) -> None:
     if train.validation_batches and not config.data.validation:
         rule = "needs data.validation, which names no files"
         _reject("train.validation_batches", train.validation_batches, rule, "name held-out files, or set it to 0")
+    if train.initial == "":
+        _reject("train.initial", "''", "is empty", "name a model folder, or leave it out")
     for key in ("name", "run_dir", "data.tokenizer"):
         if not value_at(config, key):
             _reject(key, "''", "is empty", "give it a value")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
     {"dla_kernels", "config"},
     {"data_config"},
-    {"config_rules"},
+    {"config_rules", "initial_model"},
     {"hydra_app"},
     {"parallel"},
     {"models", "data"},
@@ -69,7 +69,7 @@ def violations(path: str, source: str) -> list[str]:
             upward = level(other, path) >= level(own, path)
             if upward or (own == "data_prep" and other != "data") or own == "dla_kernels":
                 wrong.append(f"{path} imports {name}: its layer is not below")
-        if own in ("config", "data_config", "config_rules") and top == "torch":
+        if own in ("config", "data_config", "config_rules", "initial_model") and top == "torch":
             wrong.append(f"{path} imports {name}: a configuration is checked without torch")
     return wrong
 
