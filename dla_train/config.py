@@ -43,6 +43,10 @@ class ModelConfig:
     """Inner width of the SwiGLU MLP; 0 leaves the MLP out."""
     conv_width: int = 4
     """Taps of the short causal convolution before a recurrent mixer; 0 leaves it out. 0 for attention."""
+    conv_bias: bool = False
+    """Add a learned bias to the convolution's sums before SiLU, as in Mamba-2's published checkpoints."""
+    qk_norm_eps: float = 0.0
+    """Added to |q|^2 and |k|^2 in gated_deltanet's normalisation; published implementations have 1e-6. 0 is exact."""
     rope_base: float = 500000.0
     """Base of the rotary embedding of attention; recurrent mixers have no position code."""
     tie_embeddings: bool = False
@@ -172,6 +176,8 @@ class TrainConfig:
 
     steps: int = MISSING
     """Optimizer steps of the whole run; the schedules end here."""
+    initial: str | None = None
+    """Model folder (of dla-export or dla-import) whose weights the run begins with, at step 0; None initialises."""
     stop_at_step: int | None = None
     """Stop early after this step, with a checkpoint; the schedules still end at `steps`."""
     global_batch_rows: int = MISSING

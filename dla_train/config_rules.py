@@ -71,6 +71,7 @@ AT_LEAST: dict[str, int] = {
     "model.value_dim": 1,
     "model.mlp_width": 0,
     "model.conv_width": 0,
+    "model.qk_norm_eps": 0,
     "memory.interval_tokens": 1,
     "memory.levels": 1,
     "memory.routing_dim": 1,
@@ -157,6 +158,12 @@ def _check_model(model: ModelConfig) -> None:
             f"does not divide model.num_heads={model.num_heads}",
             f"choose from {_listed(divisors)}",
         )
+    if model.conv_bias and not model.conv_width:
+        rule = "has no convolution to go with where model.conv_width=0"
+        _reject("model.conv_bias", True, rule, "set model.conv_width=4, or model.conv_bias=false")
+    if model.qk_norm_eps and model.backbone != "gated_deltanet":
+        rule = f"is used only with model.backbone=gated_deltanet, not {model.backbone}"
+        _reject("model.qk_norm_eps", model.qk_norm_eps, rule, "leave it at 0")
     if model.backbone != "attention":
         return
     if model.value_dim != model.key_dim:
@@ -338,6 +345,8 @@ def _check_loop(config: Config) -> None:
     if train.validation_batches and not config.data.validation:
         rule = "needs data.validation, which names no files"
         _reject("train.validation_batches", train.validation_batches, rule, "name held-out files, or set it to 0")
+    if train.initial == "":
+        _reject("train.initial", "''", "is empty", "name a model folder, or leave it out")
     for key in ("name", "run_dir", "data.tokenizer"):
         if not value_at(config, key):
             _reject(key, "''", "is empty", "give it a value")

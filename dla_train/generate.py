@@ -16,11 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dla_train.config import DataConfig
-from dla_train.data.manifest import read_manifest
-from dla_train.data.shard_list import expand_prefixes
+from dla_train.data.shard_list import trained_with_bos
 from dla_train.data.tokenizer import load_tokenizer
-from dla_train.data_config import training_sources
 from dla_train.evaluate.loading import load_model
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.mixer import Cache
@@ -178,7 +175,7 @@ def _sample_run(options: argparse.Namespace) -> None:
     model, config, step = load_model(options.run)
     tokenizer = load_tokenizer(config.data.tokenizer)
     prompt = tokenizer.encode(options.prompt)
-    if tokenizer.bos_id is not None and (_trained_with_bos(config.data) if options.bos is None else options.bos):
+    if tokenizer.bos_id is not None and (trained_with_bos(config.data) if options.bos is None else options.bos):
         prompt = [tokenizer.bos_id, *prompt]
     sampling = (options.temperature, options.top_k, options.top_p, options.seed)
     result = generate(model, prompt, options.max_new_tokens, *sampling, stop_id=tokenizer.eos_id)
@@ -186,12 +183,6 @@ def _sample_run(options: argparse.Namespace) -> None:
     counts = f"{len(prompt)} prompt and {len(result.tokens)} new tokens, {result.tokens_per_second:.1f} tokens/s"
     name = f"{config.model.name} x {config.memory.policy}, step {step}"
     print(f"[{name}: {counts}, caches {result.cache_bytes:,} bytes]", file=sys.stderr)
-
-
-def _trained_with_bos(data: DataConfig) -> bool:
-    """Whether documents began with BOS in training; files without a manifest are taken to have none."""
-    manifest = Path(f"{expand_prefixes(training_sources(data)[0].prefixes)[0]}.json")
-    return manifest.is_file() and read_manifest(manifest).bos
 
 
 if __name__ == "__main__":

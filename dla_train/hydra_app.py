@@ -35,6 +35,7 @@ from dla_train.config import (
     ResilienceConfig,
 )
 from dla_train.config_rules import validate
+from dla_train.initial_model import initial_setting
 
 MISTAKE = 2
 """Exit code after a mistake in the configuration, the data or the run directory."""
@@ -59,6 +60,7 @@ def register_schema() -> None:
     store.store(name="base_config", node=Config)
     for group, node in GROUPS.items():
         store.store(group=group, name=f"base_{group}", node=node)
+    OmegaConf.register_new_resolver("initial_model", initial_setting, replace=True)
 
 
 def config_directory() -> Path:
@@ -195,6 +197,8 @@ def unknown_setting(key: str) -> str:
 def explain(error: Exception) -> str:
     """One sentence for an error of Hydra or OmegaConf: what was given, what is legal."""
     for cause in _causes(error):
+        if isinstance(cause, ConfigError):  # of an interpolation
+            return str(cause)
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options is not None:
             return _unknown_option(cause.missing_cfg_file, list(cause.options))
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:

@@ -31,6 +31,7 @@ from dla_train.data.errors import DataError
 from dla_train.data.loader import DataSources, open_sources
 from dla_train.engine import Engine, build_engine
 from dla_train.evaluate.held_out import HeldOut
+from dla_train.huggingface.initial import begin_with
 from dla_train.hydra_app import config_to_yaml, run_application
 from dla_train.loop import Loop, LoopResult
 from dla_train.models.build import meta_model
@@ -143,6 +144,8 @@ class Run:
         self.watchdog.enter("setup")
         rewinds = self._rewinds()
         resumed = checkpointer.resume(engine)
+        if resumed is None and config.train.initial is not None:
+            begin_with(engine, config)
         done = resumed.step if resumed else 0
         position = data_position(done, rewinds)
         if resumed and (read := self.sources.train.resume_step(resumed.data)) != position:

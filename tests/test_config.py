@@ -3,14 +3,16 @@
 import copy
 import dataclasses
 import functools
+import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from dla_train.config import CHOICES, Config, ConfigError
+from dla_train.config import CHOICES, Config, ConfigError, ModelConfig
 from dla_train.config_rules import AT_LEAST, POSITIVE, SHARES, validate, value_at
 from dla_train.hydra_app import (
     GROUPS,
@@ -103,6 +105,14 @@ BROKEN = {
     "odd rotary head size": (
         [*ATTENTION, "model.key_dim=31", "model.value_dim=31"],
         ["model.key_dim=31", "even"],
+    ),
+    "a bias without a convolution": (
+        ["model.conv_width=0", "model.conv_bias=true"],
+        ["model.conv_bias=True", "=false"],
+    ),
+    "an epsilon of no keys": (
+        ["model=mamba2_tiny", "model.qk_norm_eps=1e-6"],
+        ["model.qk_norm_eps=1e-06", "gated_deltanet", "at 0"],
     ),
     "attention with a convolution": ([*ATTENTION, "model.conv_width=4"], ["model.conv_width=4", "=0"]),
     "capacity 0": (["memory.capacity=0"], ["memory.capacity=0", "1 to 64"]),
@@ -233,9 +243,56 @@ EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").g
 MEMORIES = sorted(path.stem for path in (config_directory() / "memory").glob("*.yaml"))
 
 
+def model_folder(path: Path, **changes: object) -> Path:
+    """A folder with the config.json of an exported model."""
+    tiny = compose(["experiment=quickstart"])
+    described = {"model_type": "dla", "architecture": asdict(tiny.model), "memory": asdict(tiny.memory), **changes}
+    (path / "config.json").write_text(json.dumps(described))
+    return path
+
+
+def test_upcycling_takes_the_models_settings_from_its_folder(tmp_path: Path) -> None:
+    wide = ModelConfig(**{**asdict(compose(["experiment=quickstart"]).model), "width": 72, "qk_norm_eps": 1e-6})
+    folder = model_folder(tmp_path, architecture=asdict(wide))
+    config = compose(["experiment=upcycle", f"train.initial={folder}", "data.train=[prefix]", "model.init_std=0.5"])
+    assert asdict(config.model) == {**asdict(wide), "init_std": 0.5}
+    assert config.data.tokenizer == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba2"}, "is not a model folder of dla-export or dla-import"),
+        ({"architecture": {}}, "no usable backbone for ModelConfig"),
+        ({"architecture": [1]}, "no usable backbone for ModelConfig"),
+        ({"memory": {"policy": "dla", "slots": 3}}, "no usable slots for MemoryConfig"),
+        ({"memory": {"policy": "dla", "tau": "high"}}, "no usable tau for MemoryConfig"),
+        ({"memory": {"policy": "dla", "capacity": True}}, "no usable capacity for MemoryConfig"),
+    ],
+)
+def test_a_folder_that_describes_no_model_of_ours_is_an_error(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    folder = model_folder(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        compose(["experiment=upcycle", f"train.initial={folder}", "data.train=[prefix]"])
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "[" * 100_000])
+def test_upcycling_without_a_readable_folder_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="train.initial is not set, and model.*give train.initial=FOLDER"):
+        compose(["experiment=upcycle", "data.train=[prefix]"])
+    with pytest.raises(ConfigError, match="config.json cannot be read: No such file"):
+        compose(["experiment=upcycle", "data.train=[prefix]", f"train.initial={tmp_path}"])
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not JSON|is not a model folder"):
+        compose(["experiment=upcycle", "data.train=[prefix]", f"train.initial={tmp_path}"])
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_is_legal_and_named_after_its_file(experiment: str) -> None:
-    config = compose([f"experiment={experiment}"])
+def test_every_experiment_is_legal_and_named_after_its_file(experiment: str, tmp_path: Path) -> None:
+    given = {"upcycle": [f"train.initial={model_folder(tmp_path)}", "data.train=[prefix]"]}
+    config = compose([f"experiment={experiment}", *given.get(experiment, [])])
     validate(config)
     assert config.name == experiment
 

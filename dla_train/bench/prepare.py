@@ -165,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
         f"{_spread(ratios(results, 'one', 'several'))} times as fast as one, and "
         f"{_spread(ratios(results, 'apart', 'several'))} times as fast as {workers} preparations at once, "
         "which is all that the machine could give at that time.",
-        f"By processor time one reader feeds {reader_feeds(results):.0f} tokenising processes: an estimate, for more than "
+        f"By processor time one reader feeds {reader_feeds(results):.0f} tokenising processes: an estimate, more than "
         f"{workers} were not run.",
         "",
         f"| duplicates, {workers} processes, one run each | processor seconds a GB of text: reader, tokenising |",

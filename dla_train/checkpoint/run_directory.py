@@ -1,9 +1,9 @@
 """One run per directory: what a run is, and whether a directory holds this one.
 
-A run is its model, memory, data, optimizer, seed, global batch, length and compute type: whatever decides its numbers
-beyond rounding. Free to change between starts are the ranks, engine, micro-batch, recomputation, device, chunk length
-and backend of the operations, stop_at_step, validation, logging and checkpoint settings. `train.steps` is part of the
-run: the schedules end there, so a longer run is another run from its first step on.
+A run is its model, memory, data, optimizer, seed, initial weights, global batch, length and compute type: whatever
+decides its numbers beyond rounding. Free to change between starts are the ranks, engine, micro-batch, recomputation,
+device, chunk length and backend of the operations, stop_at_step, validation, logging and checkpoint settings.
+`train.steps` is part of the run: the schedules end there, so a longer run is another run from its first step on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def run_identity(config: Config, data_fingerprint: str, tokenizer_fingerprint: s
         for key, value in dataclasses.asdict(getattr(config, group)).items():
             if key not in _FREE.get(group, ()):
                 identity[f"{group}.{key}"] = value
-    for key in ("steps", "global_batch_rows", "dtype"):
+    for key in ("steps", "global_batch_rows", "dtype", "initial"):
         identity[f"train.{key}"] = getattr(config.train, key)
     identity["data.context_tokens"] = config.data.context_tokens
     identity["data fingerprint"] = data_fingerprint

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from dla_train.config import DataConfig
 from dla_train.data.errors import TokenFileError
 from dla_train.data.manifest import read_manifest
 from dla_train.data.token_file import token_file_paths
+from dla_train.data_config import training_sources
 
 FORMAT_VERSION = 1
 _REMAKE = "copy it again from where it was made, or write the corpus again with `dla-prepare tokens`"
@@ -106,3 +108,9 @@ def _shard(path: Path, entry: object) -> Shard:
     if PurePath(entry["name"]).name != entry["name"] or entry["name"] in ("", ".."):
         raise TokenFileError(f"{path} names the shard {entry['name']!r}, which does not lie beside it; {_REMAKE}")
     return Shard(**entry)
+
+
+def trained_with_bos(data: DataConfig) -> bool:
+    """Whether documents began with BOS in training; files without a manifest are taken to have none."""
+    manifest = Path(f"{expand_prefixes(training_sources(data)[0].prefixes)[0]}.json")
+    return manifest.is_file() and read_manifest(manifest).bos

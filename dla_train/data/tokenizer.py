@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
-_HUGGING_FACE_FILES = (
+HUGGING_FACE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -30,6 +30,7 @@ _HUGGING_FACE_FILES = (
     "merges.txt",
     "spiece.model",
 )
+"""What a tokenizer folder may consist of."""
 
 
 class Tokenizer(Protocol):
@@ -129,7 +130,7 @@ class HuggingFaceTokenizer:
                 "(a lone tokenizer.json cannot name one: give the folder)"
             )
         self.name = path.name
-        self.fingerprint = _hash_files([path] if path.is_file() else [path / name for name in _HUGGING_FACE_FILES])
+        self.fingerprint = _hash_files([path] if path.is_file() else [path / name for name in HUGGING_FACE_FILES])
         self.vocab_size = len(self._tokenizer)
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id = int(self._tokenizer.eos_token_id)

@@ -16,16 +16,17 @@ from dla_train.models.language_model import LanguageModel
 
 
 def load_model(
-    run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu"
+    run_dir: str | Path, step: int | None = None, device: str | torch.device = "cpu", *, dtype: str | None = None
 ) -> tuple[LanguageModel, Config, int]:
     """(model in evaluation mode, its run's configuration, optimizer steps it was trained for).
 
-    `step` None takes the newest complete checkpoint. Raises CheckpointError where there is none, naming those there
-    are, and where a file that is read is not what was written.
+    `step` None takes the newest complete checkpoint; `dtype` None computes in the run's train.dtype. Raises
+    CheckpointError where there is none, naming those there are, and where a file that is read is not what was written.
     """
     checkpoint, chosen = open_step(run_dir, step)
     checkpoint.verify([TRAINER, *checkpoint.manifest.of_kind("model")])
     config = config_from_dict(checkpoint.trainer()["config"])
+    config.train.dtype = dtype or config.train.dtype
     model = build_model(config, device)
     load_weights(model, checkpoint)
     return model.eval(), config, chosen

@@ -76,15 +76,20 @@ class Backbone(Protocol):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution and SiLU of several projections, each with its own logical weight [C_i, W]."""
+    """Causal depthwise convolution and SiLU of several projections, each with its own logical weight [C_i, W].
 
-    def __init__(self, channels: dict[str, int], width: int, context: Axis) -> None:
+    With `bias` each has a bias [C_i] too. It is added outside the convolution's kernel, which has none.
+    """
+
+    def __init__(self, channels: dict[str, int], width: int, context: Axis, *, bias: bool = False) -> None:
         super().__init__()
-        self.width, self.context = width, context
-        self.sizes = list(channels.values())
+        self.width, self.context, self.bias = width, context, bias
+        self.names, self.sizes = list(channels), list(channels.values())
         if width:
             for name, size in channels.items():
                 self.register_parameter(name, nn.Parameter(torch.empty(size, width)))
+                if bias:
+                    self.register_parameter(f"bias_{name}", no_decay(nn.Parameter(torch.empty(size))))
 
     @property
     def channels(self) -> int:
@@ -99,10 +104,16 @@ class ShortConv(nn.Module):
         if not self.width:
             return tuple(F.silu(x) for x in inputs)
         sizes = [x.shape[-1] for x in inputs]
-        taps = zip(self.parameters(recurse=False), sizes, strict=True)
-        weight = torch.cat([own_heads(w, size, self.context) for w, size in taps])
-        mixed = short_conv(torch.cat(inputs, dim=-1), weight, positions=positions, history=history)
+        weight, x = self._joined("", sizes), torch.cat(inputs, dim=-1)
+        mixed = short_conv(x, weight, positions=positions, history=history, activation=not self.bias)
+        if self.bias:
+            mixed = F.silu(mixed + self._joined("bias_", sizes).to(mixed.dtype))
         return tuple(mixed.split(sizes, dim=-1))
+
+    def _joined(self, prefix: str, sizes: list[int]) -> Tensor:
+        """Taps or biases of all projections, of the heads that the inputs hold."""
+        own = (getattr(self, prefix + name) for name in self.names)
+        return torch.cat([own_heads(exact(x), size, self.context) for x, size in zip(own, sizes, strict=True)])
 
     def window(self, inputs: tuple[Tensor, ...], history: Tensor | None) -> Tensor | None:
         """The inputs a later call needs, [B, sum C_i, W-1]; None where no tap reaches back."""

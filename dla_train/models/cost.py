@@ -139,7 +139,7 @@ def _mixer_vectors(model: ModelConfig) -> int:
     """Convolution taps, A_log, dt_bias, D and the output norm's weight."""
     if model.backbone == "attention":
         return 0
-    taps = conv_channels(model) * model.conv_width
+    taps = conv_channels(model) * (model.conv_width + model.conv_bias)
     if model.backbone == "mamba2":
         return taps + 3 * model.num_heads + model.num_heads * model.value_dim
     return taps + 2 * model.num_heads + model.value_dim

@@ -40,6 +40,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         model = local_model(model, axes.tensor.size)
         self.key_dim, self.value_dim = model.key_dim, model.value_dim
+        self.norm_eps = model.qk_norm_eps
         self.scale = model.key_dim**-0.5
         self.conv_dims: tuple[int, ...] = (model.key_dim, model.key_dim, model.value_dim)
         keys, values = model.num_key_heads * model.key_dim, model.num_heads * model.value_dim
@@ -49,7 +50,8 @@ class GatedDeltaNet(nn.Module):
         self.a = Linear(model.width, model.num_heads)
         self.b = Linear(model.width, model.num_heads)
         self.gate = Linear(model.width, values)
-        self.conv = ShortConv({"q": keys, "k": keys, "v": values}, model.conv_width, axes.context)
+        channels = {"q": keys, "k": keys, "v": values}
+        self.conv = ShortConv(channels, model.conv_width, axes.context, bias=model.conv_bias)
         self.decay = Decay(model.num_heads, axes.context)
         self.norm = GatedHeadNorm(model.value_dim, model.norm_eps)
         self.out = Linear(values, model.width)
@@ -63,7 +65,7 @@ class GatedDeltaNet(nn.Module):
     def state_inputs(self, mixed: tuple[Tensor, ...], projected: Projected) -> StateInputs:
         """Convolved q, k, v -> unit q and k, v, decay and write strength."""
         assert projected.write_input is not None
-        q, k = (l2_normalize(split_dims(x, self.key_dim)) for x in mixed[:2])
+        q, k = (l2_normalize(split_dims(x, self.key_dim), added=self.norm_eps) for x in mixed[:2])
         _, log_decay = self.decay(projected.decay_input)
         beta = projected.write_input.to(wide_dtype(projected.write_input.dtype)).sigmoid()
         return StateInputs(q, k, split_dims(mixed[2], self.value_dim), log_decay, beta, None)

@@ -65,7 +65,9 @@ class Mamba2(nn.Module):
         self.B = Linear(model.width, state)
         self.C = Linear(model.width, state)
         self.dt = Linear(model.width, model.num_heads)
-        self.conv = ShortConv({"x": inner, "B": state, "C": state}, model.conv_width, axes.context)
+        self.conv = ShortConv(
+            {"x": inner, "B": state, "C": state}, model.conv_width, axes.context, bias=model.conv_bias
+        )
         self.decay = Decay(model.num_heads, axes.context)
         self.norm = SkipGatedNorm(model.num_heads, model.num_key_heads, model.value_dim, model.norm_eps, spread)
         self.out = Linear(inner, model.width)

@@ -121,9 +121,11 @@ def _mlp(shape: LayerShape) -> int:
 
 
 def _conv(shape: LayerShape) -> int:
-    """The convolution's input; in PyTorch its shifted copies and the sum before SiLU too."""
+    """The convolution's input; in PyTorch its shifted copies and the sum before SiLU too, with a bias always."""
     width, channels = shape.model.conv_width, shape.conv_size
     copies, masks = (1, 0) if shape.fused or not width else (width + 1, width - 1)
+    if shape.fused and shape.model.conv_bias:
+        copies += 1
     if not shape.erases or not shape.widened:
         copies += 1  # its output, which the decay reads (mamba2), or of which keys are a view (float32)
     return shape.tokens * (copies * shape.compute_bytes * channels + masks) + channels * width * shape.compute_bytes

@@ -61,7 +61,7 @@ def _partial_gradients(layout: Layout, shape: LayerShape) -> int:
     """Weights that every tensor rank has whole but uses for its own heads or tokens (parallel/sections.py)."""
     model = shape.model
     norms = (2 if model.mlp_width else 1) * model.width if layout.sequence else 0
-    keys = 2 * model.key_dim * (model.width + model.conv_width) if shape.shared_key_head else 0
+    keys = 2 * model.key_dim * (model.width + model.conv_width + model.conv_bias) if shape.shared_key_head else 0
     return model.num_layers * (norms + keys) + (model.width if layout.sequence else 0)
 
 

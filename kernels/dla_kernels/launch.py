@@ -25,6 +25,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS = ("triton", "torch", "recurrent")
+DEFAULT_ON_CUDA = "triton"
+"""What None means there; an exported model's copy of this file, which has no kernels, says torch."""
 
 
 class BackendError(ValueError):
@@ -34,7 +36,7 @@ class BackendError(ValueError):
 def resolve_backend(backend: str | None, *tensors: Tensor) -> str:
     """Name of the implementation to run on `tensors`: `backend` itself, or their device's default where it is None."""
     if backend is None:
-        backend = "triton" if tensors[0].device.type == "cuda" else "torch"
+        backend = DEFAULT_ON_CUDA if tensors[0].device.type == "cuda" else "torch"
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}; leave it None for the default")
     if backend == "triton":

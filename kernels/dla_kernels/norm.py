@@ -51,13 +51,14 @@ def gated_rms_norm(
     return y.to(x.dtype)
 
 
-def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
+def l2_normalize(x: Tensor, eps: float = 1e-12, *, added: float = 0.0) -> Tensor:
     """x / |x| over the last axis in x's dtype; a zero vector stays zero, with a zero gradient.
 
-    The root is taken of max(|x|^2, eps): the usual sqrt(|x|^2) + eps has a NaN gradient at x = 0.
+    The root is taken of max(|x|^2, eps): the usual sqrt(|x|^2) + eps has a NaN gradient at x = 0. `added` goes to
+    |x|^2 first, as in implementations that divide by sqrt(|x|^2 + 1e-6).
     """
     wide = x.to(_accumulation_dtype(x))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True).clamp_min(eps))).to(x.dtype)
+    return (wide * torch.rsqrt((wide.square().sum(-1, keepdim=True) + added).clamp_min(eps))).to(x.dtype)
 
 
 def _in_triton(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float) -> Tensor:

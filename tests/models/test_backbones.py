@@ -67,6 +67,19 @@ def test_single_state_mixer_equals_the_published_recurrence(tiny, backbone, grou
     torch.testing.assert_close(mixed[0], BY_THE_BOOK[backbone](mixer.backbone, x[0], 4, groups))
 
 
+@pytest.mark.parametrize("drift", ["token", "update"])
+@torch.no_grad()
+def test_keys_short_of_unit_length_are_planned_and_mixed_as_by_the_token_loop(tiny, build, drift):
+    tokens = torch.randint(0, 17, (2, 21), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for backend in ("torch", "recurrent"):
+        model, memory = tiny("gated_deltanet", "dla", qk_norm_eps=2.0, drift=drift, backend=backend, chunk_tokens=16)
+        lm = build(model, memory)
+        logits.append(lm(tokens).logits)
+        assert lm.blocks[0].mixer.backbone.norm_eps == 2.0
+    torch.testing.assert_close(*logits, rtol=1e-9, atol=1e-9)
+
+
 @torch.no_grad()
 def test_mamba2_norm_does_not_mix_groups(tiny, build):
     """What makes a split of heads over ranks exact: one group's output norm ignores every other group."""

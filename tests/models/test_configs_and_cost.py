@@ -32,6 +32,7 @@ def test_predicted_parameter_count_equals_counted(shipped, model, memory):
         {"tau_control": "learned"},
         {"mlp_width": 0},
         {"conv_width": 0},
+        {"conv_bias": True},
         {"tie_embeddings": True},
         {"read": "unit"},
         {"num_key_heads": 1},

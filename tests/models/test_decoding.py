@@ -20,6 +20,7 @@ CASES = [
             {"routing": "projected", "routing_dim": 3},
             {"conv_width": 0},
             {"conv_width": 1},
+            {"conv_bias": True},
             {"num_key_heads": 1},
         )
     ),
@@ -167,7 +168,7 @@ def test_the_console_command_begins_as_training_did_and_reports_the_cache(
     prefix = tmp_path / "corpus"
     if manifest_bos is not None:
         Manifest("letters", "0" * 64, 17, manifest_bos, False, 1, 3, 3).write(tmp_path / "corpus.json")
-    data = SimpleNamespace(tokenizer="letters", train=[str(prefix)])
+    data = SimpleNamespace(tokenizer="letters", train=[str(prefix)], phases=[])
     config = SimpleNamespace(data=data, model=lm.model_config, memory=lm.memory_config)
     monkeypatch.setattr(command, "load_model", lambda run: (lm, config, 7))
     monkeypatch.setattr(command, "load_tokenizer", lambda path: LetterTokenizer())

@@ -22,6 +22,7 @@ VARIANTS = [
     {"num_key_heads": 4},
     {"conv_width": 0},
     {"conv_width": 1},
+    {"conv_bias": True},
     {"mlp_width": 0},
     {"tie_embeddings": True},
     {"backend": "recurrent"},

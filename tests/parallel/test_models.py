@@ -16,6 +16,8 @@ VARIANTS = (
     {"closed_slots": "frozen", "recompute": True},
     {"routing": "projected", "routing_dim": 3, "tie_embeddings": True},
     {"tau_control": "learned", "conv_width": 0},
+    {"conv_bias": True},
+    {"conv_bias": True, "num_key_heads": 1},
 )
 LAYOUTS = {
     2: ({"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2}),
