@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
 from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.manifest import parse_json, read_small
@@ -113,7 +115,8 @@ def _objection(config: Config, identity: dict[str, Any]) -> str | None:
 
 
 def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]) -> str | None:
-    there = stored["identity"]
+    # what an earlier version did not write down was not there to be chosen: it is what it is by default
+    there = {key: _default(key) for key in identity} | stored["identity"]
     keys = [key for key in sorted(there.keys() | identity.keys()) if there.get(key) != identity.get(key)]
     if not keys:
         return None
@@ -125,6 +128,16 @@ def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]
         f"run_dir={run_dir} holds another run, {stored.get('name')}: {listed}{more}. "
         "Choose another run_dir, or resume with the settings of that run"
     )
+
+
+def _default(key: str) -> Any:
+    """The default of a dotted setting; None for one that has none."""
+    group, _, name = key.partition(".")
+    kinds = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    kind = kinds.get(group)
+    if not dataclasses.is_dataclass(kind):
+        return None
+    return next((f.default for f in dataclasses.fields(kind) if f.name == name and f.default != MISSING), None)
 
 
 def _short(value: Any) -> str:

@@ -186,6 +186,19 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(tiny: MakeConfig, 
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default_and_no_other(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    train(tiny("train.stop_at_step=4"))
+    path = tmp_path / "run/run.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["memory.drift"], stored["identity"]["optim.eps"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RunDirectoryError, match="memory.drift is token there and update here"):
+        train(tiny("memory.drift=update"))
+    assert train(tiny()).step == 8
+
+
 def test_settings_that_do_not_make_another_run_may_change(tiny: MakeConfig) -> None:
     train(tiny("train.stop_at_step=4"))
     free = ["train.micro_batch_rows=8", "memory.chunk_tokens=16", "train.validation_batches=1", "name=other"]
