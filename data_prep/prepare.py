@@ -178,10 +178,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     """A whole number, also as 1e9."""
-    value = float(text)
-    if value != int(value):
-        raise ValueError(f"{text} is not a whole number")
-    return int(value)
+    try:
+        value = float(text)
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number, such as 1000000 or 1e6")
 
 
 def _sources(options: argparse.Namespace) -> list[TextSource]:

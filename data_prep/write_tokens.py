@@ -34,6 +34,7 @@ from dla_train.data.tokenizer import Tokenizer, load_tokenizer
 DUPLICATES = ("keep", "exact", "near")
 _JUDGED_RECORDS = 1000  # from here on the share of bad records is held against its limit before the end
 _KEPT_FAULTS = 100
+_NAMED_FILES = 3  # of an output that exists already
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class _Preparation:
             state = None
             state_path(self._output).unlink()
         if state is None:
-            refuse_existing(existing_files(self._output, list(self._tails.values())), overwrite)
+            refuse_existing(existing_files(self._output, list(self._tails.values()))[:_NAMED_FILES], overwrite)
             state = State(settings, inputs, splits={split: [] for split in self._tails})
             write_state(self._output, state)  # before any file: one that is found without a state is not ours
         return state
@@ -200,12 +201,11 @@ class _Preparation:
                 shard_list_path(self._output + tail).unlink(missing_ok=True)
         for split, shard in self._writer.seal().items():
             self.state.splits[split].append(shard)
+        self.state.seconds = time.perf_counter() - began
         if self._options.shard_tokens:
             self._seen.save(self._seen_path(self.state.shards))
             self.state.shards += 1
-            self.state.seconds = time.perf_counter() - began
             write_state(self._output, self.state)
-        self.state.seconds = time.perf_counter() - began
 
     def _seen_path(self, number: int) -> Path:
         return Path(f"{self._output}_{number:05d}.seen")

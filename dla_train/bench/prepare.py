@@ -129,6 +129,16 @@ def ratios(results: dict[str, Any], above: str, below: str) -> list[float]:
     return sorted(found[above]["seconds"] / found[below]["seconds"] for found in results["scaling"])
 
 
+def overhead(results: dict[str, Any]) -> float:
+    """Processor time of several processes by that of one, starts included."""
+    total = {name: [_processor_seconds(found[name]) for found in results["scaling"]] for name in ("one", "several")}
+    return float(np.median(total["several"]) / np.median(total["one"]))
+
+
+def _processor_seconds(run: dict[str, Any]) -> float:
+    return float(run["reader_cpu_seconds"] + run["worker_cpu_seconds"])
+
+
 def reader_feeds(results: dict[str, Any]) -> float:
     """Tokenising processes that one reader keeps busy: their processor time by the reader's, starts included."""
     runs = [found["several"] for found in results["scaling"]]
@@ -165,8 +175,10 @@ def table(results: dict[str, Any]) -> str:
         f"{_spread(ratios(results, 'one', 'several'))} times as fast as one, and "
         f"{_spread(ratios(results, 'apart', 'several'))} times as fast as {workers} preparations at once, "
         "which is all that the machine could give at that time.",
-        f"By processor time one reader feeds {reader_feeds(results):.0f} tokenising processes: an estimate, more than "
-        f"{workers} were not run.",
+        f"They take {overhead(results):.2f} times the processor time of one: with {workers} cores to themselves "
+        f"{workers / overhead(results):.2f} times as fast.",
+        f"By processor time one reader feeds {reader_feeds(results):.0f} tokenising processes: an estimate, for "
+        f"more than {workers} were not run.",
         "",
         f"| duplicates, {workers} processes, one run each | processor seconds a GB of text: reader, tokenising |",
         "|---|---|",

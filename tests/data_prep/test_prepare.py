@@ -65,6 +65,13 @@ def test_mistakes_end_with_one_line_and_status_2(
     assert error.startswith("dla-prepare: error: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("value", ["x", "1.5", "inf", "nan"])
+def test_a_number_that_is_not_whole_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["tokens", "a", "--tokenizer", "t", "--output", "o", "--shard-tokens", value])
+    assert f"{value} is not a whole number, such as 1000000 or 1e6" in capsys.readouterr().err
+
+
 def test_wrong_tokenizer_is_a_mistake_too(
     text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
