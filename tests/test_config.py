@@ -243,6 +243,9 @@ EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").g
 MEMORIES = sorted(path.stem for path in (config_directory() / "memory").glob("*.yaml"))
 
 
+FILES = ["data.train=[prefix]", "data.tokenizer=my.model"]
+
+
 def model_folder(path: Path, **changes: object) -> Path:
     """A folder with the config.json of an exported model."""
     tiny = compose(["experiment=quickstart"])
@@ -254,9 +257,8 @@ def model_folder(path: Path, **changes: object) -> Path:
 def test_upcycling_takes_the_models_settings_from_its_folder(tmp_path: Path) -> None:
     wide = ModelConfig(**{**asdict(compose(["experiment=quickstart"]).model), "width": 72, "qk_norm_eps": 1e-6})
     folder = model_folder(tmp_path, architecture=asdict(wide))
-    config = compose(["experiment=upcycle", f"train.initial={folder}", "data.train=[prefix]", "model.init_std=0.5"])
+    config = compose(["experiment=upcycle", f"train.initial={folder}", *FILES, "model.init_std=0.5"])
     assert asdict(config.model) == {**asdict(wide), "init_std": 0.5}
-    assert config.data.tokenizer == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -275,23 +277,23 @@ def test_a_folder_that_describes_no_model_of_ours_is_an_error(
 ) -> None:
     folder = model_folder(tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
-        compose(["experiment=upcycle", f"train.initial={folder}", "data.train=[prefix]"])
+        compose(["experiment=upcycle", f"train.initial={folder}", *FILES])
 
 
 @pytest.mark.parametrize("text", ["[", "[]", "[" * 100_000])
 def test_upcycling_without_a_readable_folder_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="train.initial is not set, and model.*give train.initial=FOLDER"):
-        compose(["experiment=upcycle", "data.train=[prefix]"])
+        compose(["experiment=upcycle", *FILES])
     with pytest.raises(ConfigError, match="config.json cannot be read: No such file"):
-        compose(["experiment=upcycle", "data.train=[prefix]", f"train.initial={tmp_path}"])
+        compose(["experiment=upcycle", *FILES, f"train.initial={tmp_path}"])
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="is not JSON|is not a model folder"):
-        compose(["experiment=upcycle", "data.train=[prefix]", f"train.initial={tmp_path}"])
+        compose(["experiment=upcycle", *FILES, f"train.initial={tmp_path}"])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_legal_and_named_after_its_file(experiment: str, tmp_path: Path) -> None:
-    given = {"upcycle": [f"train.initial={model_folder(tmp_path)}", "data.train=[prefix]"]}
+    given = {"upcycle": [f"train.initial={model_folder(tmp_path)}", *FILES]}
     config = compose([f"experiment={experiment}", *given.get(experiment, [])])
     validate(config)
     assert config.name == experiment

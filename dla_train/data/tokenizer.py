@@ -166,7 +166,7 @@ def _open_hugging_face(path: Path) -> PreTrainedTokenizerBase:
     try:
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise TokenizerError(f"tokenizer {path} cannot be read as a Hugging Face tokenizer: {error}") from error
 

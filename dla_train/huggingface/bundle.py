@@ -21,7 +21,13 @@ _OURS = ("dla_train", "dla_kernels")
 _NO_KERNELS = (
     "raise ImportError(\"Triton kernels are in the package dla-train; pip install it, or use backend='torch'\")"
 )
-_CUDA_DEFAULT = 'DEFAULT_ON_CUDA = "triton"'
+_CHANGED = {
+    # without kernels, the torch forms are the default on CUDA too
+    "dla_kernels.launch": ('DEFAULT_ON_CUDA = "triton"', 'DEFAULT_ON_CUDA = "torch"'),
+    # transformers 4 makes parameters again from their attributes, which must be torch's own
+    "dla_train.models.linear": ("parameter.no_weight_decay = True  # type: ignore[attr-defined]\n    ", ""),
+}
+"""The only lines of the copies that are not the originals', imports aside."""
 _MISSING = 'MISSING: Any = "???"  # omegaconf\'s, which this folder does not need'
 
 
@@ -35,12 +41,21 @@ def bundle() -> dict[str, str]:
         if name not in found:
             found[name], needed = _flattened(module)
             waiting += needed
+    entry = f"{flat_name(ENTRY)}.py"
+    found[entry] += _named(sorted(name.removesuffix(".py") for name in found if name != entry))
     return dict(sorted(found.items()))
 
 
 def flat_name(module: str) -> str:
     """`dla_train_models_block` of dla_train.models.block."""
     return _NAMES.get(module, module.replace(".", "_"))
+
+
+def _named(modules: list[str]) -> str:
+    """Imports of every file that never run: transformers 4 copies what the entry imports, not what that imports."""
+    lines = "\n".join(f"    from .{module} import __doc__" for module in modules)
+    begin = "\n\nfrom typing import TYPE_CHECKING\n\nif TYPE_CHECKING:  # so that transformers 4 copies all files"
+    return f"{begin}\n{lines}\n"
 
 
 def _flattened(module: str) -> tuple[str, list[str]]:
@@ -56,11 +71,10 @@ def _flattened(module: str) -> tuple[str, list[str]]:
     text = "\n".join(lines) + "\n"
     if module == "dla_kernels":
         text = _package(text)
-    if module == "dla_kernels.launch":
-        if text.count(_CUDA_DEFAULT) != 1:
-            raise FolderError(f"{path} does not say {_CUDA_DEFAULT}, which a folder without Triton kernels changes")
-        text = text.replace(_CUDA_DEFAULT, _CUDA_DEFAULT.replace("triton", "torch"))
-    return text, needed
+    before, after = _CHANGED.get(module, ("", ""))
+    if before and text.count(before) != 1:
+        raise FolderError(f"{path} does not say {before!r} once, which a copy of it changes")
+    return text.replace(before, after) if before else text, needed
 
 
 def _imports(lines: list[str]) -> list[ast.ImportFrom]:

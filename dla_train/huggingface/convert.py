@@ -103,7 +103,7 @@ def _difference(source: Path, content: Content) -> float:
     from transformers import AutoModelForCausalLM
 
     tokens = torch.randint(content.model.vocab_size, (1, COMPARED_TOKENS), generator=torch.Generator().manual_seed(0))
-    there = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, torch_dtype=torch.float32).eval()
+    there = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=torch.float32).eval()
     expected = there(tokens, use_cache=False).logits.float()
     del there
     found = whole_logits(content.native("float32"), tokens)

@@ -23,6 +23,9 @@ from dla_train.models.loss import next_token_loss
 from dla_train.models.mixer import Cache
 from dla_train.models.recurrent import RecurrentMixer
 
+KEPT_IN_FLOAT32 = ("mixer_norm", "mlp_norm", "final_norm", "norm", "conv", "decay", "reader")
+"""Parts that the model reads in float32 whatever it computes in: rounded to 16 bits, decays and thresholds change."""
+
 
 class DLACache:
     """Decode memory of all layers. Made by a forward with `use_cache`; continued in place by a forward of one token."""
@@ -64,8 +67,6 @@ class DLAForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _no_split_modules = ["Block"]
     _is_stateful = True
-    # read in float32 by the model whatever it computes in: rounded to 16 bits they would be other decays and thresholds
-    _keep_in_fp32_modules_strict = ["mixer_norm", "mlp_norm", "final_norm", "norm", "conv", "decay", "reader"]
 
     def __init__(self, config: DLAConfig) -> None:
         super().__init__(config)
@@ -74,6 +75,8 @@ class DLAForCausalLM(PreTrainedModel, GenerationMixin):
             MemoryConfig(**config.memory),
             compute_dtype=torch.get_default_dtype(),  # transformers sets it to the dtype asked for
         )
+        parts = {part for name, _ in self.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = [name for name in KEPT_IN_FLOAT32 if name in parts]
         self.post_init()
 
     def forward(

@@ -21,7 +21,7 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
     tokens = load_file(scratch / "tokens.safetensors")["tokens"]
     save_file(_logits(model, tokens, decoded), scratch / "logits.safetensors")
     (scratch / "texts.json").write_text(json.dumps(_texts(folder, json.loads((scratch / "probes.json").read_text()))))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer, pipeline
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from dla_train.generate import generate
 from dla_train.huggingface.bundle import bundle
@@ -129,5 +129,7 @@ def test_copied_code_needs_torch_and_transformers_alone_and_transformers_finds_a
             tops = {module.split(".")[0] for module in modules} - {"torch", "transformers"} - sys.stdlib_module_names
             assert tops <= ({"dla_kernels"} if name == "dla_kernels.py" else set()), name
     path = folder(content("mamba2", "dla"))
+    named = {f"{module}.py" for module in get_relative_imports(path / "modeling_dla.py")}
+    assert named | {"modeling_dla.py"} == set(files), "transformers 4 follows imports of the first file only"
     found = {Path(file).name for file in get_relative_import_files(path / "modeling_dla.py")}
     assert found | {"modeling_dla.py"} == set(files) == {file.name for file in path.glob("*.py")}

@@ -87,6 +87,12 @@ def test_a_hugging_face_tokenizer_is_copied(tokenizer_path, tmp_path):
     assert json.loads((second / "tokenizer_config.json").read_text())["model_max_length"] == 64
 
 
+def test_opening_a_folders_tokenizer_runs_no_code_of_the_folder(content, folder):
+    path = folder(content("mamba2", "dla"))
+    (path / "configuration_dla.py").write_text("raise SystemExit('code of the folder ran')")
+    assert load_tokenizer(path).encode("line 3") == load_tokenizer(path / "tokenizer.model").encode("line 3")
+
+
 def test_a_tokenizer_that_disagrees_is_named_with_the_text(tokenizer_path):
     tokenizer = load_tokenizer(tokenizer_path)
     right = [[tokenizer.encode(text), tokenizer.decode(tokenizer.encode(text))] for text in PROBES]
