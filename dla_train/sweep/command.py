@@ -89,8 +89,9 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
         if sweep.retry_failed:
             _forget_failures(folder, points)
         began = time.monotonic()
-        complete = SweepRun(sweep, overrides, launcher, study).run(points, configs)
-        _say_use(time.monotonic() - began)
+        places, sweep_run = launcher.free(), SweepRun(sweep, overrides, launcher, study)
+        complete = sweep_run.run(points, configs)
+        _say_use(time.monotonic() - began, sweep_run.busy_seconds, places)
     finally:
         lock.release()
     outcomes = [read_outcome(point.folder(folder)) for point in read_points(folder)]
@@ -165,12 +166,16 @@ def _only_folder(words: Sequence[str]) -> Path:
     return Path(words[0])
 
 
-def _say_use(seconds: float) -> None:
-    """How well the machine was used, by the processor time of the points that this process started and that ended."""
+def _say_use(seconds: float, busy_seconds: float, places: int) -> None:
+    """How well the machine was used: places taken, and processor time of the points that this process started."""
+    if not busy_seconds:
+        return
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor, cores = used.ru_utime + used.ru_stime, available_cores()
-    share = processor / (seconds * cores)
-    print(f"{seconds:.0f} s; the points took {processor:.0f} s of processor time, {share:.0%} of {cores} cores")
+    print(
+        f"{seconds:.0f} s with {places} points at a time, {busy_seconds / seconds / places:.0%} of the places taken; "
+        f"{processor:.0f} s of processor time, {processor / seconds / cores:.0%} of {cores} cores"
+    )
 
 
 if __name__ == "__main__":

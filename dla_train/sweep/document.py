@@ -20,7 +20,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; marg
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap }
-th { background: #f5f5f5 } td.text, th.text { text-align: left; white-space: normal }
+th { background: #f5f5f5 } td.text, th.text { text-align: left; white-space: normal; min-width: 13rem }
 tr.first td { font-weight: 600 } pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: 13px }
 img { max-width: 100% } figcaption { color: #555; font-size: 13px } figure { margin: 1rem 0 }
 """

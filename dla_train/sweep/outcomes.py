@@ -74,13 +74,12 @@ def finished_outcome(run_dir: Path, objective: str) -> Outcome:
 def failed_outcome(run_dir: Path, exit_code: int | None, starts: int) -> Outcome:
     """The outcome of a run that failed, with the reason it gave or what can be said of its end."""
     status = read_status(run_dir) or {}
-    reason = status.get("reason") or last_words(run_dir)
-    if exit_code is not None and exit_code < 0:
-        reason = f"killed by {signal.Signals(-exit_code).name}; {reason}".removesuffix("; ")
-    if exit_code == HUNG:
-        reason = f"a phase hung, see hangs/; {reason}"
+    said = status.get("reason") or last_words(run_dir)
+    ended = f"killed by {signal.Signals(-exit_code).name}" if exit_code is not None and exit_code < 0 else ""
+    hung = "a phase hung, see hangs/" if exit_code == HUNG else ""
+    reason = "; ".join(part for part in (ended, hung, said) if part) or "ended without a word"
     again = f" ({starts} starts)" if starts > 1 else ""
-    return Outcome("failed", steps_done(run_dir), reason=(reason or "ended without a word")[:_REASON_LENGTH] + again)
+    return Outcome("failed", steps_done(run_dir), reason=reason[:_REASON_LENGTH] + again)
 
 
 def steps_done(run_dir: Path) -> int:

@@ -32,7 +32,8 @@ def report_blocks(results: Results) -> list[Block]:
     blocks: list[Block] = [Heading(f"Sweep {sweep.name}", 1)]
     if sweep.description:
         blocks.append(Paragraph(sweep.description + "."))
-    blocks += [Paragraph(_counts(results)), Code(_sweep_command(results))]
+    blocks += [Paragraph(_counts(results)), Paragraph("Settings of every run:")]
+    blocks.append(Code(" ".join([*results.sweep.settings, *results.overrides]) or "the defaults"))
     if results.ranked:
         blocks += _best(results)
     blocks += [Heading("Settings, the best first"), Paragraph(_how_to_read(results)), _ranking(results)]
@@ -54,17 +55,17 @@ def _counts(results: Results) -> str:
     )
 
 
-def _sweep_command(results: Results) -> str:
-    return f"dla-sweep resume {results.folder}    # settings of every run: {' '.join(results.overrides) or 'none'}"
-
-
 def _best(results: Results) -> list[Block]:
     best = results.ranked[0]
     point = next(iter(best.points.values())).point
     seeds = f", with seed {point.seed}" if len(best.points) > 1 else ""
+    text = f"{best.name}: {results.sweep.objective} {_spread(best.spread)}"
+    if best.baseline and results.swept:
+        after = results.swept[0]
+        text += f", a baseline; the best setting on the axes is {after.name} with {_spread(after.spread)}"
     return [
         Heading("The best"),
-        Paragraph(f"{best.name}: {results.sweep.objective} {_spread(best.spread)}. This runs it again{seeds}:"),
+        Paragraph(f"{text}. This runs {best.name} again{seeds}:"),
         Code(command_line(results.folder, point)),
     ]
 

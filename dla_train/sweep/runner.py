@@ -76,6 +76,8 @@ class SweepRun:
     _signals: int = 0
     _wake: threading.Event = field(default_factory=threading.Event)
     _looked: float = 0.0
+    busy_seconds: float = 0.0
+    """Time that points were at work, added up over the points."""
 
     @property
     def folder(self) -> Path:
@@ -179,6 +181,7 @@ class SweepRun:
         for active in [active for active in self._active if not active.job.running()]:
             self._active.remove(active)
             self.launcher.release(active.job)
+            self.busy_seconds += time.monotonic() - active.began
             self._settle(active)
 
     def _settle(self, active: _Active) -> None:
@@ -218,6 +221,8 @@ class SweepRun:
             ended = [outcome for outcome in outcomes if outcome is not None]
             if len(ended) < len(self.sweep.seeds) or not self.study.is_open(number):
                 continue
+            if self.sweep.prune:
+                self.study.report(number, self._curve(group))  # what others are compared with
             values = [outcome.value for outcome in ended if outcome.value is not None]
             if len(values) == len(ended):
                 self.study.tell(number, "finished", sum(values) / len(values))
@@ -231,7 +236,10 @@ class SweepRun:
         self._looked = time.monotonic()
         for number in {active.point.trial for active in self._active if active.point.trial is not None}:
             group = [point for point in self._points if point.trial == number]
-            if self.study.is_open(number) and self.study.should_stop(number, self._curve(group)):
+            if not self.study.is_open(number):
+                continue
+            self.study.report(number, self._curve(group))
+            if self.study.should_stop(number):
                 for active in self._active:
                     if active.point.trial == number and not active.pruned:
                         active.pruned = True

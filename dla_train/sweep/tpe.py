@@ -12,11 +12,15 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from dla_train.config import ConfigError
 from dla_train.sweep.definition import Axis, Range, Scalar, SweepConfig, sweep_axes
 from dla_train.sweep.points import Setting, setting_of
 from dla_train.sweep.sampling import rounded
+
+if TYPE_CHECKING:
+    import optuna
 
 STUDY_FILE = "study.db"
 STARTUP_TRIALS = 5
@@ -64,22 +68,31 @@ class Study:
 
     def is_open(self, number: int) -> bool:
         """Whether the study has not been told how the trial ended."""
-        return not self._study.get_trials(deepcopy=False)[number].state.is_finished()
+        return not self._frozen(number).state.is_finished()
 
-    def should_stop(self, number: int, curve: Mapping[int, float]) -> bool:
-        """Tell the objective after some steps, and ask whether the trial lies behind the others."""
-        frozen = self._study.get_trials(deepcopy=False)[number]
-        trial = self._optuna.trial.Trial(self._study, frozen._trial_id)
+    def report(self, number: int, curve: Mapping[int, float]) -> None:
+        """Tell the objective of a trial after some steps; what it was told before is left alone."""
+        known = self._frozen(number).intermediate_values
         for step, value in curve.items():
-            if step not in frozen.intermediate_values and math.isfinite(value):
-                trial.report(value, step)
-        return bool(trial.should_prune())
+            if step not in known and math.isfinite(value):
+                self._trial(number).report(value, step)
+
+    def should_stop(self, number: int) -> bool:
+        """Whether the trial, by its reports, lies behind the others."""
+        return bool(self._trial(number).should_prune())
 
     def tell(self, number: int, state: str, value: float | None = None) -> None:
         """How a trial ended: `finished` with its value, `failed` or `pruned`."""
         states = self._optuna.trial.TrialState
         ended = {"finished": states.COMPLETE, "failed": states.FAIL, "pruned": states.PRUNED}[state]
         self._study.tell(number, value, state=ended)
+
+    def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[number]
+
+    def _trial(self, number: int) -> optuna.trial.Trial:
+        """A trial that may have been begun by another process."""
+        return self._optuna.trial.Trial(self._study, self._frozen(number)._trial_id)
 
     def _setting(self, number: int, params: Mapping[str, Scalar]) -> Setting:
         found = {key: params[key] for key in self._distributions}
