@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from dla_train.checkpoint.folders import write_atomically
-from dla_train.checkpoint.run_lock import process_lives, process_record
+from dla_train.checkpoint.run_lock import process_lives, process_record, seems_held
 from dla_train.config import ConfigError
 
 START_FILE, OUTPUT_FILE = "start.json", "output.log"
@@ -56,7 +56,7 @@ class Launcher(Protocol):
         """Start the run of a point in its folder."""
 
     def adopt(self, run_dir: Path) -> Job | None:
-        """The job that an earlier sweep started there and that still runs."""
+        """The job that an earlier sweep started there and that still runs; ConfigError if it is out of reach."""
 
     def release(self, job: Job) -> None:
         """Its place is free: the job has ended."""
@@ -128,7 +128,10 @@ class LocalLauncher:
         if not path.is_file():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not process_lives(record):
+        lives = process_lives(record)
+        if lives is None and seems_held(run_dir):
+            raise ConfigError(f"{run_dir} is being trained on {record.get('host')}; start the sweep there, or stop it")
+        if not lives:
             return None
         self._taken.add(record["slot"])
         return LocalJob(record, record["slot"])

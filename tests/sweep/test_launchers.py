@@ -104,3 +104,12 @@ def test_the_record_names_the_process(launcher: LocalLauncher, tmp_path: Path) -
     wait(job)
     record = json.loads((tmp_path / "start.json").read_text())
     assert (tmp_path / "output.log").read_text().split()[-1] == str(record["pid"]) and record["slot"] == 0
+
+
+def test_a_run_on_another_host_is_not_started_a_second_time(launcher: LocalLauncher, tmp_path: Path) -> None:
+    there = json.dumps({"host": "elsewhere", "processes": "", "pid": 1, "started": "1", "slot": 0})
+    (tmp_path / "start.json").write_text(there)
+    assert launcher.adopt(tmp_path) is None, "nobody trains there"
+    (tmp_path / "run.lock").write_text(there)
+    with pytest.raises(ConfigError, match="is being trained on elsewhere; start the sweep there"):
+        launcher.adopt(tmp_path)
