@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"huggingface"},
     {"run_log"},
     {"loop"},
-    {"train", "generate"},
+    {"train", "generate", "runs"},
     {"sweep", "quickstart", "bench", "plan_run", "inspect_data", "launch"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
@@ -29,6 +29,7 @@ DOORS = {  # third party: path prefixes that may import it
     "megatron": ("dla_train/parallel/", "dla_train/data/", "dla_train/bench/data.py"),
     "deepspeed": ("dla_train/engine/",),
     "transformers": ("dla_train/data/tokenizer.py", "dla_train/huggingface/", "dla_train/evaluate/"),
+    "optuna": ("dla_train/sweep/",),
 }
 
 
@@ -100,6 +101,7 @@ def test_imports_of_every_file_point_down() -> None:
         ("dla_train/models/block.py", "import triton.language as tl"),
         ("dla_train/models/linear.py", "from megatron.core import parallel_state"),
         ("dla_train/train.py", "import deepspeed"),
+        ("dla_train/loop.py", "import optuna"),
         ("dla_train/generate.py", "from transformers import AutoTokenizer"),
     ],
 )

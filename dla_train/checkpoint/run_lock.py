@@ -44,7 +44,7 @@ class RunLock:
         Raises RunDirectoryError if another process holds it, OSError if the file cannot be written.
         """
         self.path = run_dir / LOCK_FILE
-        self._text = json.dumps(_myself() | {"token": uuid.uuid4().hex})
+        self._text = json.dumps(process_record(os.getpid()) | {"token": uuid.uuid4().hex})
         self._released = threading.Event()
         while not self._create():
             self._remove_dead_holder()
@@ -107,11 +107,38 @@ class RunLock:
                     os.utime(self.path)
 
 
+def process_record(pid: int) -> dict[str, Any]:
+    """What names a process of this host for good: `process_lives` tells whether it still runs."""
+    return {"host": platform.node(), "processes": _processes(), "pid": pid, "started": _started(pid)}
+
+
+def process_lives(record: dict[str, Any]) -> bool | None:
+    """Whether the process of a `process_record` runs; None where that cannot be told from here (another host)."""
+    if not record or (record.get("host"), record.get("processes")) != (platform.node(), _processes()):
+        return None
+    pid, started = record.get("pid"), record.get("started")
+    return isinstance(pid, int) and started is not None and _started(pid) == started
+
+
+def seems_held(run_dir: Path) -> bool:
+    """Whether a process trains in `run_dir`, at a glance: nothing is waited for or changed.
+
+    A lock of another host counts while it is younger than STALE_SECONDS by this host's clock.
+    """
+    path = run_dir / LOCK_FILE
+    try:
+        lives = process_lives(_read(path, read_small(path)))
+        return path.stat().st_mtime > time.time() - STALE_SECONDS if lives is None else lives
+    except (DamagedError, OSError):
+        return False
+
+
 def _alive(path: Path, seen: bytes) -> bool:
     """Whether the holder named in the lock's content `seen` is at work."""
-    holder, me = _read(path, seen), _myself()
-    if holder and (holder.get("host"), holder.get("processes")) == (me["host"], me["processes"]):
-        return isinstance(holder.get("pid"), int) and _started(holder["pid"]) == holder.get("started")
+    holder = _read(path, seen)
+    lives = process_lives(holder)
+    if lives is not None:
+        return lives
     logger.info("watching %s of %s for up to %.0f s for a sign of life", path, _name(holder), STALE_SECONDS)
     first, until = _touched(path), time.monotonic() + STALE_SECONDS
     while time.monotonic() < until:
@@ -129,15 +156,6 @@ def _touched(path: Path) -> int | None:
             return os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return None
-
-
-def _myself() -> dict[str, Any]:
-    return {
-        "host": platform.node(),
-        "processes": _processes(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
 
 
 def _processes() -> str:

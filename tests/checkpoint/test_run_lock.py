@@ -42,7 +42,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def write_lock(folder: Path, **changes: Any) -> Path:
     """The lock as this process would write it, with changes."""
-    (folder / LOCK_FILE).write_text(json.dumps(run_lock._myself() | {"token": "x"} | changes))
+    (folder / LOCK_FILE).write_text(json.dumps(run_lock.process_record(os.getpid()) | {"token": "x"} | changes))
     return folder / LOCK_FILE
 
 

@@ -1,0 +1,182 @@
+"""The program `dla-sweep`: many runs of one experiment, and the report on them.
+
+  dla-sweep sweep=tau_capacity experiment=quickstart              # start it; the same command again goes on
+  dla-sweep sweep=my.yaml sweep.seeds=[0,1,2] sweep.parallel=4 experiment=... train.steps=500
+  dla-sweep list sweep=learning_rate experiment=...               # check and show the points, start nothing
+  dla-sweep resume FOLDER [sweep.parallel=2]                      # go on with the command that started it
+  dla-sweep report FOLDER                                         # write report.html and report.md (also while it runs)
+
+Words that begin with `sweep` are about the sweep (dla_train/sweep/definition.py), the others are settings of every run.
+Exit code 0: every point ended well; 1: some failed; 2: a mistake, nothing was started; 75: stopped, and can go on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dla_train.checkpoint.errors import RunDirectoryError
+from dla_train.checkpoint.folders import write_atomically
+from dla_train.checkpoint.run_lock import RunLock
+from dla_train.config import Config, ConfigError
+from dla_train.hydra_app import MISTAKE
+from dla_train.resilience.exit_codes import STOPPED
+from dla_train.sweep.definition import SweepConfig, check_sweep, read_sweep, sweep_from_dict
+from dla_train.sweep.launchers import available_cores, local_launcher
+from dla_train.sweep.outcomes import forget_outcome, read_outcome
+from dla_train.sweep.points import (
+    Point,
+    baseline_settings,
+    check_corners,
+    check_folder,
+    check_points,
+    points_of,
+    read_points,
+    swept_settings,
+)
+from dla_train.sweep.report import write_report
+from dla_train.sweep.results import SWEEP_FILE, read_results
+from dla_train.sweep.runner import SweepRun
+from dla_train.sweep.tpe import Study
+
+FAILED = 1
+"""Exit code where points have failed."""
+
+
+def main() -> None:
+    """The console script."""
+    logging.basicConfig(format="%(message)s")
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what the words ask for; returns the exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else MISTAKE
+    try:
+        if arguments[0] == "report":
+            return _report(arguments[1:])
+        if arguments[0] == "list":
+            return _list(*read_sweep(arguments[1:]))
+        if arguments[0] == "resume":
+            return start(*_stored(arguments[1:]))
+        return start(*read_sweep(arguments))
+    except (ConfigError, RunDirectoryError, OSError) as error:
+        print(f"dla-sweep: error: {error}", file=sys.stderr)
+        return MISTAKE
+
+
+def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
+    """Check everything, run what has not been run, write the report. Raises ConfigError before anything is started."""
+    points, configs = checked_points(sweep, overrides)
+    on_cpu = all(config.train.device == "cpu" for config in configs.values())
+    launcher = local_launcher(sweep.parallel, sweep.ranks, on_cpu=on_cpu)
+    folder = Path(sweep.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(folder)
+    try:
+        check_folder(folder, points, grows=lambda point: sweep.sampler == "tpe" and point.trial is not None)
+        study = Study(sweep) if sweep.sampler == "tpe" else None
+        write_atomically(folder / SWEEP_FILE, json.dumps({"sweep": asdict(sweep), "overrides": overrides}, indent=1))
+        if sweep.retry_failed:
+            _forget_failures(folder, points)
+        began = time.monotonic()
+        places, sweep_run = launcher.free(), SweepRun(sweep, overrides, launcher, study)
+        complete = sweep_run.run(points, configs)
+        _say_use(time.monotonic() - began, sweep_run.busy_seconds, places)
+    finally:
+        lock.release()
+    outcomes = [read_outcome(point.folder(folder)) for point in read_points(folder)]
+    if any(outcomes):
+        print(f"report: {write_report(read_results(folder))}")
+    if not complete:
+        print(f"stopped; go on with: dla-sweep resume {folder}")
+        return STOPPED
+    return FAILED if any(outcome and outcome.state == "failed" for outcome in outcomes) else 0
+
+
+def checked_points(sweep: SweepConfig, overrides: Sequence[str]) -> tuple[list[Point], dict[str, Config]]:
+    """The points that are known before the start, each legal. Raises ConfigError."""
+    settings = baseline_settings(sweep)
+    if sweep.sampler == "tpe":
+        check_corners(sweep, overrides)
+    else:
+        settings += swept_settings(sweep)
+    points = points_of(sweep, overrides, settings)
+    return points, check_points(sweep, points)
+
+
+def _take_lock(folder: Path) -> RunLock:
+    try:
+        return RunLock(folder)
+    except RunDirectoryError as error:
+        raise ConfigError(f"sweep.folder={folder} is at work already: {error}") from error
+
+
+def _forget_failures(folder: Path, points: Sequence[Point]) -> None:
+    for point in points:
+        outcome = read_outcome(point.folder(folder))
+        if outcome and outcome.state == "failed":
+            forget_outcome(point.folder(folder))
+
+
+def _list(sweep: SweepConfig, overrides: list[str]) -> int:
+    points, _ = checked_points(sweep, overrides)
+    for point in points:
+        print(point.name, *point.overrides)
+    search = f" and {sweep.budget} settings that tpe will propose" if sweep.sampler == "tpe" else ""
+    print(f"{len(points)} points{search}, all legal; {sweep.folder}")
+    return 0
+
+
+def _stored(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
+    """The sweep of a folder, with changes such as sweep.parallel=2."""
+    folder, stored = _only_folder([word for word in words if "=" not in word]), {}
+    path = folder / SWEEP_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {SWEEP_FILE}; name the folder of a sweep")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = stored["sweep"] | {"retry_failed": False}
+    for word in (word for word in words if "=" in word):
+        key, _, value = word.partition("=")
+        if key not in ("sweep.parallel", "sweep.retry_failed", "sweep.attempts"):
+            raise ConfigError(f"{word} cannot be changed here: sweep.parallel, attempts and retry_failed can")
+        values[key.removeprefix("sweep.")] = value
+    sweep = sweep_from_dict(values)
+    check_sweep(sweep, stored["overrides"])
+    return sweep, stored["overrides"]
+
+
+def _report(words: Sequence[str]) -> int:
+    print(write_report(read_results(_only_folder(words))))
+    return 0
+
+
+def _only_folder(words: Sequence[str]) -> Path:
+    if len(words) != 1:
+        raise ConfigError(f"{len(words)} folders were named; name the one folder of a sweep")
+    return Path(words[0])
+
+
+def _say_use(seconds: float, busy_seconds: float, places: int) -> None:
+    """How well the machine was used: places taken, and processor time of the points that this process started."""
+    if not busy_seconds:
+        return
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor, cores = used.ru_utime + used.ru_stime, available_cores()
+    print(
+        f"{seconds:.0f} s with {places} points at a time, {busy_seconds / seconds / places:.0%} of the places taken; "
+        f"{processor:.0f} s of processor time, {processor / seconds / cores:.0%} of {cores} cores"
+    )
+
+
+if __name__ == "__main__":
+    main()
