@@ -130,9 +130,13 @@ def module_manifest_write() -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"duplicates": "near", "validation_fraction": 0.2}])
 def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_that_nobody_killed(
-    options: dict[str, Any], corpus: Path, tokenizer_path: Path, tmp_path: Path
+    options: dict[str, Any], tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    chosen = {"shard_tokens": 4000, **options}
+    corpus, records = tmp_path / "in", [*DOCUMENTS[:70], *DOCUMENTS[:30]]  # copies, of which a restart must know
+    corpus.mkdir()
+    write_jsonl(corpus / "a.jsonl", [{"text": text} for text in records[:50]])
+    write_jsonl(corpus / "b.jsonl", [{"text": text} for text in records[50:]])
+    chosen = {"shard_tokens": 3000, **options}
     write(corpus, tmp_path / "whole" / "c", tokenizer_path, **chosen)
     expected = contents(tmp_path / "whole", "c")
     for event in range(1, 200):
@@ -150,7 +154,7 @@ def test_a_run_killed_anywhere_ends_with_the_bytes_of_one_that_nobody_killed(
         assert contents(output.parent, "c") == expected, event
         kept = [path for path, changed in finished.items() if path.stat().st_mtime_ns == changed]
         assert len(kept) >= len(finished) - 2, event  # those of the one shard whose state was not written
-        assert sum(report.counts.values()) == len(DOCUMENTS)
+        assert sum(report.counts.values()) == len(records)
     assert event > 20
 
 
