@@ -44,7 +44,7 @@ def test_a_search_that_is_opened_anew_for_every_trial_proposes_what_one_in_one_g
             study.tell(number, "finished", value_of(one.values))
         restarted = search(folder="b")
     assert restarted.settings() == straight.settings()
-    assert len({setting.name for setting in straight.settings()}) == 8
+    assert len({setting.values["optim.eps"] for setting in straight.settings()}) == 8
 
 
 def test_the_sampler_seed_changes_the_proposals_and_the_budget_ends_them(search) -> None:
