@@ -21,7 +21,7 @@ from dla_train.huggingface.conversions import convert
 from dla_train.huggingface.errors import FolderError
 from dla_train.huggingface.export import summary
 from dla_train.huggingface.foreign import Source
-from dla_train.huggingface.verify import BOUNDS, Verified, whole_logits
+from dla_train.huggingface.verify import BOUNDS, Verified, source_logits, whole_logits
 from dla_train.huggingface.writing import SHARD_BYTES, Content, write_folder
 from dla_train.hydra_app import compose
 from dla_train.models.init import initial_value
@@ -97,15 +97,10 @@ def _own_tokenizer(source: Path) -> Path | None:
     return source if any((source / name).is_file() for name in HUGGING_FACE_FILES) else None
 
 
-@torch.no_grad()
 def _difference(source: Path, content: Content) -> float:
     """How far the imported model is from its source as transformers computes it. Raises FolderError above the bound."""
-    from transformers import AutoModelForCausalLM
-
     tokens = torch.randint(content.model.vocab_size, (1, COMPARED_TOKENS), generator=torch.Generator().manual_seed(0))
-    there = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=torch.float32).eval()
-    expected = there(tokens, use_cache=False).logits.float()
-    del there
+    expected = source_logits(source, tokens)
     found = whole_logits(content.native("float32"), tokens)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= SOURCE_BOUND:

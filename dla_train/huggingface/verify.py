@@ -60,7 +60,7 @@ def verify_folder(
     length = min(ROW_TOKENS, context_tokens)
     tokens = torch.randint(vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
-        found, texts = _ask(folder, tokens, Path(scratch))
+        found, texts = _ask(folder, tokens, Path(scratch), DECODED_TOKENS)
     model = native(dtype)
     expected, decoded = whole_logits(model, tokens), decoded_logits(model, tokens)
     verified = Verified(
@@ -85,6 +85,12 @@ def whole_logits(model: LanguageModel, tokens: Tensor) -> Tensor:
     return model(tokens).logits.float()
 
 
+def source_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Logits [B, T, vocab] of somebody else's folder by transformers, in float32. Raises FolderError if it cannot."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _ask(folder, tokens, Path(scratch), 0)[0]["whole"]
+
+
 @torch.no_grad()
 def decoded_logits(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Logits [B, DECODED_TOKENS, vocab] of the last tokens, each read by a step on the cache."""
@@ -102,17 +108,17 @@ def _share(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def _ask(folder: Path, tokens: Tensor, scratch: Path) -> tuple[dict[str, Tensor], list[list[object]]]:
+def _ask(folder: Path, tokens: Tensor, scratch: Path, decoded: int) -> tuple[dict[str, Tensor], list[list[object]]]:
     """What a process without this project computes: logits, and (ids, text) of every probe."""
     save_file({"tokens": tokens}, scratch / "tokens.safetensors")
     (scratch / "probes.json").write_text(json.dumps(PROBES))
     environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # the native model it is compared with is on the CPU
-    command = [sys.executable, "-P", verify_process.__file__, str(folder), str(scratch), str(DECODED_TOKENS)]
+    command = [sys.executable, "-P", verify_process.__file__, str(folder), str(scratch), str(decoded)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).splitlines()[-6:])
-        raise FolderError(f"transformers cannot use the folder; nothing was kept. It says:\n{said}")
+        raise FolderError(f"transformers cannot use {folder}; nothing was kept. It says:\n{said}")
     return load_file(scratch / "logits.safetensors"), json.loads((scratch / "texts.json").read_text())
 
 

@@ -11,27 +11,36 @@ from typing import Any
 
 ABSENT = ("dla_train", "dla_kernels", "data_prep", "megatron", "deepspeed", "omegaconf", "hydra")
 """What a user of the folder need not have."""
+KERNELS = ("fla", "mamba_ssm", "causal_conv1d")
+"""Kernels for GPUs, which transformers takes where it finds them, on a CPU too."""
 
 
 def main() -> None:
-    """Arguments: the folder, the folder of the questions and answers, tokens to decode one by one."""
+    """Arguments: the folder, the folder of questions and answers, and how many tokens to decode one by one.
+
+    0 tokens marks a folder of somebody else: none of its code runs, and whole rows in float32 are all that is asked.
+    """
     folder, scratch, decoded = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    for name in ABSENT:
+    for name in ABSENT + KERNELS:
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of a module that cannot be imported
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    ours, dtype = decoded > 0, "auto" if decoded else "float32"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=ours, local_files_only=True, dtype=dtype)
     tokens = load_file(scratch / "tokens.safetensors")["tokens"]
-    save_file(_logits(model, tokens, decoded), scratch / "logits.safetensors")
-    (scratch / "texts.json").write_text(json.dumps(_texts(folder, json.loads((scratch / "probes.json").read_text()))))
+    save_file(_logits(model.eval(), tokens, decoded), scratch / "logits.safetensors")
+    probes = json.loads((scratch / "probes.json").read_text()) if ours else []
+    (scratch / "texts.json").write_text(json.dumps(_texts(folder, probes) if ours else []))
 
 
 def _logits(model: Any, tokens: Any, decoded: int) -> dict[str, Any]:
     import torch
 
     with torch.no_grad():
-        whole = model(tokens).logits.float()
+        whole = model(tokens, use_cache=False).logits.float()
+        if not decoded:
+            return {"whole": whole.contiguous()}
         start = max(tokens.shape[1] - decoded, 1)
         out = model(tokens[:, :start], use_cache=True)
         rows = [out.logits[:, -1]]

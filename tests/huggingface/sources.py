@@ -1,13 +1,21 @@
 """Small random checkpoints of others, as their libraries write them, and what those libraries compute."""
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+
+KERNELS = ("fla", "mamba_ssm", "causal_conv1d")
+"""Packages of kernels for GPUs that transformers takes where it finds them, on a CPU too."""
+sys.modules.update(dict.fromkeys(KERNELS))  # type: ignore[arg-type]
+from transformers import Mamba2Config, Mamba2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM  # noqa: E402
+
+for _name in KERNELS:
+    del sys.modules[_name]
 
 
 def scatter(model, seed=0):
@@ -24,6 +32,7 @@ def mamba2(folder, **changes):
         "vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 8, "n_groups": 2,
         "state_size": 5, "chunk_size": 16,
     }  # fmt: skip
+    torch.manual_seed(0)
     model = scatter(Mamba2ForCausalLM(Mamba2Config(**{**settings, **changes})))
     model.save_pretrained(folder)
     return lambda tokens: model(tokens, use_cache=False).logits
@@ -35,6 +44,7 @@ def qwen3_next(folder, **changes):
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 6,
         "layer_types": ["linear_attention"] * 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     }  # fmt: skip
+    torch.manual_seed(0)
     model = scatter(Qwen3NextForCausalLM(Qwen3NextConfig(**{**settings, **changes})))
     model.save_pretrained(folder)
     return lambda tokens: model(tokens, use_cache=False).logits

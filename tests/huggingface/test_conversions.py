@@ -30,6 +30,8 @@ CHANGES = {
     "gated_deltanet": [{}, {"conv_bias": True}],
     "qwen3_next": [{}, {"linear_num_key_heads": 4, "tie_word_embeddings": True}],
 }
+NOISE = {"qwen3_next": 5e-5}
+"""Where float32 alone is further than 1e-5 from float64: over 8 seeds up to 1.8e-5 there and 1.4e-5 here."""
 TOKENS = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -52,7 +54,7 @@ def test_logits_equal_the_sources_under_every_memory(tmp_path, kind, changes, me
     expected = SOURCES[kind](tmp_path / "source", **changes)(TOKENS)
     found = imported(tmp_path / "source", memory)(TOKENS).logits
     assert float(expected.std()) > 0.1, "the source says something"
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=NOISE.get(kind, 1e-5) * float(expected.abs().max()))
 
 
 @torch.no_grad()
@@ -82,7 +84,9 @@ def test_the_command_makes_a_verified_folder_with_the_sources_logits(tmp_path, c
 
 def test_an_import_that_differs_from_its_source_is_not_kept(tmp_path, monkeypatch):
     mamba2(tmp_path / "source")
-    monkeypatch.setattr("dla_train.huggingface.convert.whole_logits", lambda model, tokens: model(tokens).logits + 1)
+    monkeypatch.setattr(
+        "dla_train.huggingface.convert.whole_logits", lambda model, tokens: model(tokens).logits.detach() + 1
+    )
     with pytest.raises(SystemExit, match="differ from those of .* nothing was kept"):
         main([str(tmp_path / "source"), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def test_a_folder_whose_logits_differ_is_not_kept(content, tmp_path, monkeypatch
     native = made.native("float32")
     found = {"whole": verify.whole_logits(native, tokens), "decoded": verify.decoded_logits(native, tokens)}
     found[answer][1, -1, 7] += 2e-5 * found[answer].abs().max()
-    monkeypatch.setattr(verify, "_ask", lambda folder, tokens, scratch: (found, []))
+    monkeypatch.setattr(verify, "_ask", lambda folder, tokens, scratch, decoded: (found, []))
     monkeypatch.setattr(verify, "_compare_tokenizers", lambda tokenizer, texts: 0)
     with pytest.raises(FolderError, match="differ from the run's by 2e-05 of the largest logit, more than 1e-05"):
         write_folder(made, tmp_path / "out", dtype="float32")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dla_train.checkpoint import RunDirectoryError
 from dla_train.config import ConfigError
 from dla_train.engine import build_engine
 from dla_train.evaluate.loading import load_model
@@ -120,6 +121,14 @@ def test_deepspeed_begins_with_the_folder_as_the_local_engine_does(corpus, initi
         state = tensors_of(tmp_path / str(number), 1)
         for name, tensor in initial[1].items():
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-7, msg=f"{engines[number]}: {name}")
+
+
+def test_a_run_that_began_with_another_folder_is_another_run(corpus, initial, tmp_path):
+    shutil.copytree(initial[0], tmp_path / "copy")
+    settings = ("memory.capacity=4", f"run_dir={tmp_path}/run", "train.steps=2", "optim.warmup_steps=0")
+    train(upcycled(corpus, initial[0], *settings, "train.stop_at_step=1"))
+    with pytest.raises(RunDirectoryError, match="holds another run, tiny: train.initial is .* there and .* here"):
+        train(upcycled(corpus, tmp_path / "copy", *settings))
 
 
 def test_another_model_than_the_folders_is_an_error_that_names_the_setting(corpus, initial, tmp_path):
