@@ -170,8 +170,8 @@ def weight_files(folder: Path) -> list[str]:
         if pickles:
             raise FolderError(
                 f"{folder} holds {pickles[0]}, a pickle, which can run any code when opened and is not read here; "
-                "convert it where you trust it: safetensors.torch.save_file(torch.load('"
-                f"{pickles[0]}', weights_only=True), 'model.safetensors')"
+                "convert it where you trust it: safetensors.torch.save_file({k: v.clone() for k, v in torch.load('"
+                f"{pickles[0]}', weights_only=True).items()}}, 'model.safetensors')"
             )
         raise FolderError(f"{folder} holds no .safetensors file; fetch the weights")
     return names
