@@ -35,7 +35,7 @@ def _of_one(module: nn.Module, loss: Callable[[], Tensor]) -> str:
             for tensor in _tensors(output):
                 if not _finite(tensor):
                     forward.append(name)
-                elif tensor.requires_grad:
+                if tensor.requires_grad:  # finite or not: every rank must go back through the same collectives
                     outputs.append((name, tensor))
 
         return hook

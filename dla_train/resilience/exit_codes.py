@@ -27,7 +27,7 @@ STATUS_FILE = "status.json"
 
 
 def write_status(run_dir: Path, state: str, step: int, code: int | None, reason: str = "") -> None:
-    """Say how the run stands: `running`, `finished`, `stopped`, `diverged` or `hung`."""
+    """Say how the run stands: `running`, `finished`, `stopped` or `diverged`. Killed or hung ones stay `running`."""
     status = {"state": state, "step": step, "exit_code": code, "reason": reason}
     write_atomically(run_dir / STATUS_FILE, json.dumps(status, indent=1))
 

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import torch
 
@@ -39,7 +38,6 @@ class Watchdog:
         self._phase, self._since = "", time.monotonic()
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._file: IO[str] | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -54,8 +52,6 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._thread.is_alive():
             self._thread.join()
-        if self._file is not None:
-            self._file.close()
 
     def enter(self, phase: str) -> None:
         """From now on this process is in `phase`, whose clock starts anew."""

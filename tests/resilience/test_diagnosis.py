@@ -64,6 +64,18 @@ def test_a_damaged_parameter_is_named_and_everything_is_computed_all_the_same() 
     assert len(computed) == 2
 
 
+def test_a_rank_whose_numbers_break_at_once_goes_back_as_far_as_one_whose_do_not() -> None:
+    """Where the model is divided, other ranks' numbers may be finite, and their backward passes wait for this one's."""
+    gone: dict[str, list[int]] = {"whole": [], "broken": []}
+    for name, row in (("whole", 1.0), ("broken", float("nan"))):
+        net = model("")
+        net[0].register_full_backward_hook(lambda *_, name=name: gone[name].append(0))
+        net[1].register_full_backward_hook(lambda *_, name=name: gone[name].append(1))
+        found = first_not_finite(net, [lambda net=net, row=row: net(torch.full((2, 3), row, requires_grad=True)).sum()])
+        assert found == ("" if name == "whole" else "forward of 0")
+    assert gone["whole"] and gone["broken"] == gone["whole"]
+
+
 def test_a_loss_that_breaks_behind_the_last_module_is_told() -> None:
     net = model("")
     assert first_not_finite(net, [lambda: net(torch.ones(2, 3)).sum() * float("nan")]) == "the loss"
