@@ -131,6 +131,7 @@ class Run:
                 if ended.judgement is None:
                     break
                 self._go_back(ended, ended.judgement, checkpointer)
+        engine.close()
         self.sources.train.close()
         state = "stopped" if ended.stopped_by else "finished"
         self._say(state, ended.step, STOPPED if ended.stopped_by else FINISHED, ended.stopped_by)

@@ -7,7 +7,9 @@ without a copy and without memory beyond the gradients themselves.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,9 +28,10 @@ class GradientSum:
         self._group = axis.process_group()
         self._buckets = [_Bucket(part) for part in _runs(reversed(list(parameters)))]
         self._launched = len(self._buckets)  # none is to be summed before `start`
-        for bucket in self._buckets:
+        held = weakref.ref(self)  # a parameter's hooks lie where the collector does not look: a cycle would never end
+        for index, bucket in enumerate(self._buckets):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._made(bucket))
+                parameter.register_post_accumulate_grad_hook(partial(_made, held, index))
 
     def start(self) -> None:
         """The next backward pass is the step's last."""
@@ -48,9 +51,12 @@ class GradientSum:
         for bucket in self._buckets:
             bucket.flat.zero_()
 
-    def _made(self, bucket: _Bucket) -> None:
-        """Launch, in the one order that is the same on every rank, the buckets that are complete."""
-        bucket.missing -= 1
+    def made(self, index: int) -> None:
+        """Launch, in the one order that is the same on every rank, the buckets that are complete.
+
+        `index` is the bucket in which a gradient was just made.
+        """
+        self._buckets[index].missing -= 1
         while self._launched < len(self._buckets) and self._buckets[self._launched].missing == 0:
             self._launch()
 
@@ -58,6 +64,11 @@ class GradientSum:
         bucket = self._buckets[self._launched]
         bucket.sum = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
         self._launched += 1
+
+
+def _made(held: weakref.ref[GradientSum], index: int, _: Tensor) -> None:
+    if (gradients := held()) is not None:
+        gradients.made(index)
 
 
 class _Bucket:

@@ -80,6 +80,9 @@ class LocalEngine:
         load_module(self.module, parts)
         load_moments(self.module, self._optimizer, parts, steps)
 
+    def close(self) -> None:
+        """Nothing: what it holds goes with it."""
+
     def _complete_gradients(self) -> None:
         """Every parameter has a gradient now, which is that of all ranks; one that was not made is zero."""
         if self._sum is not None:

@@ -45,3 +45,6 @@ class Engine(Protocol):
 
     def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Load every tensor of `shapes()` and continue as after `steps` optimizer steps."""
+
+    def close(self) -> None:
+        """Let go of what would outlive the engine; it is not used afterwards. Not collective."""

@@ -121,6 +121,9 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(parameter, value, moment)
         self._refresh_exact()
 
+    def close(self) -> None:
+        self.module.destroy()
+
     def _divider(self, deepspeed: Any, mpu: ModelParallelUnit | None) -> Any:
         """What divides a part of the model over the ranks as soon as it has its values; None below stage 3."""
         if self._stage < 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from typing import Any
@@ -117,5 +118,16 @@ def import_deepspeed() -> Any:
     except ModuleNotFoundError as error:
         mend = "pip install 'dla-train[deepspeed]' (Linux), or use engine=local"
         raise ConfigError(f"engine.name=deepspeed needs the package deepspeed; {mend}") from error
+    _forget_the_group_at_import()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def _forget_the_group_at_import() -> None:
+    """Some methods' defaults are the group that existed when deepspeed was imported, and would hold it for ever."""
+    from deepspeed.comm.torch import TorchBackend
+
+    for method in (TorchBackend.barrier, TorchBackend.monitored_barrier):
+        function = inspect.unwrap(method)
+        defaults = function.__defaults__ or ()
+        function.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in defaults)

@@ -11,7 +11,9 @@ made only where one of them is above 1: importing megatron takes seconds.
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults would hold a group that exists when it is first imported
 from torch import Tensor
 
 from dla_train.config import Config, ConfigError
@@ -64,11 +67,13 @@ class Mesh:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        axes, self.axes = self.axes, Axes.single()  # a group that is held until the interpreter ends would abort it
         if self.owns_axes:
-            end_axes(self.axes)
+            end_axes(axes)
+        del axes
         if self.owns_group:
-            dist.destroy_process_group()
-            self.axes = Axes.single()  # a group that lives until the interpreter ends would abort it there
+            gc.collect()  # models and engines hold groups, and are cycles
+            _end_group()
 
     @property
     def data_rank(self) -> int:
@@ -153,6 +158,7 @@ def end_axes(axes: Axes) -> None:
     for group in made[1:]:  # the first stands for the process group itself
         dist.destroy_process_group(group)
     groups.destroy_model_parallel()
+    vars(groups)["_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"] = None  # the one that it forgets to forget
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -184,6 +190,15 @@ def _start_group(backend: str, timeout_minutes: float) -> None:
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _end_group() -> None:
+    """Destroy every group; deepspeed, if an engine imported it, lets go of those it keeps."""
+    deepspeed = sys.modules.get("deepspeed.comm.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _divide(tensor: int, context: int, sequence: bool, timeout_minutes: float) -> tuple[Axes, bool]:
