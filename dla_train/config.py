@@ -184,6 +184,9 @@ class TrainConfig:
     """Rows (of context_tokens) in one optimizer step, over all ranks."""
     micro_batch_rows: int = MISSING
     """Rows one rank takes through the model at once; the rest is gradient accumulation."""
+    segment_tokens: int = 0
+    """Rows go through the model in segments of so many tokens, each going on with the memory the one before left, and
+    gradients end where one begins; 0 takes whole rows."""
     dtype: str = "float32"
     """Compute type of matrix products: `float32` or `bfloat16`; parameters, states and decisions stay float32."""
     device: str = "auto"

@@ -82,6 +82,7 @@ AT_LEAST: dict[str, int] = {
     "train.steps": 1,
     "train.global_batch_rows": 1,
     "train.micro_batch_rows": 1,
+    "train.segment_tokens": 0,
     "train.validation_interval_steps": 0,
     "train.validation_batches": 0,
     "parallel.tensor": 1,

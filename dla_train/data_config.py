@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from dla_train.config import Config, ConfigError, DataConfig, PhaseConfig
+from dla_train.config import Config, ConfigError, DataConfig, ParallelConfig, PhaseConfig
 
 PLAIN_SOURCE = "train"
 """Name of the one source that a list of prefixes is."""
@@ -81,6 +81,12 @@ def training_phases(data: DataConfig) -> list[PhaseSettings]:
     return phases
 
 
+def segments_of_a_row(config: Config) -> int:
+    """Segments in which a row of data.context_tokens goes through the model (1: whole)."""
+    size = config.train.segment_tokens
+    return config.data.context_tokens // size if size else 1
+
+
 def check_data(config: Config) -> None:
     """The rules of the data group and of its schedule in the run. Raises ConfigError."""
     phases = training_phases(config.data)
@@ -96,6 +102,8 @@ def check_data(config: Config) -> None:
     for index, phase in enumerate(phases):
         if phase.context_tokens != config.data.context_tokens:
             _check_phase_context(config, f"data.phases[{index}].context_tokens={phase.context_tokens}", phase)
+    if config.train.segment_tokens:
+        _check_segments(config, {config.data.context_tokens, *(phase.context_tokens for phase in phases)})
 
 
 def _check_phase_context(config: Config, key: str, phase: PhaseSettings) -> None:
@@ -107,13 +115,35 @@ def _check_phase_context(config: Config, key: str, phase: PhaseSettings) -> None
     if config.data.packing != "concatenate":
         rule = f"would cut documents that data.packing={config.data.packing} keeps whole"
         raise ConfigError(f"{key} {rule}; set data.packing=concatenate, or one context for the run")
-    along_time = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    if phase.context_tokens % along_time:
-        rule = f"is not divisible by the {along_time} ranks along time (parallel.context; x tensor with sequence)"
-        raise ConfigError(f"{key} {rule}; choose a multiple of {along_time}")
+    _check_divides_over_ranks(key, phase.context_tokens, parallel)
     if config.memory.chunk_tokens > max(1 << (phase.context_tokens - 1).bit_length(), 16):
         rule = f"is shorter than memory.chunk_tokens={config.memory.chunk_tokens}"
         raise ConfigError(f"{key} {rule}; set memory.chunk_tokens=0 (automatic) or a shorter chunk")
+
+
+def _check_segments(config: Config, contexts: set[int]) -> None:
+    """Segments cut rows of `contexts` tokens evenly and stand in a row's place for the ranks along time."""
+    size, memory = config.train.segment_tokens, config.memory
+    key = f"train.segment_tokens={size}"
+    if memory.policy == "none":
+        rule = "carries a recurrent memory from segment to segment, and model.backbone=attention has none"
+        raise ConfigError(f"{key} {rule}; leave it at 0")
+    if size >= max(contexts):
+        raise ConfigError(f"{key} is no shorter than the longest row, of {max(contexts)} tokens; leave it at 0")
+    uneven = [context for context in sorted(contexts) if context > size and context % size]
+    if uneven:
+        raise ConfigError(f"{key} does not divide rows of {uneven[0]} tokens (data.context_tokens); choose a divisor")
+    _check_divides_over_ranks(key, size, config.parallel)
+    if memory.chunk_tokens > max(1 << (size - 1).bit_length(), 16):
+        rule = f"is shorter than memory.chunk_tokens={memory.chunk_tokens}"
+        raise ConfigError(f"{key} {rule}; set memory.chunk_tokens=0 (automatic) or a shorter chunk")
+
+
+def _check_divides_over_ranks(key: str, tokens: int, parallel: ParallelConfig) -> None:
+    along_time = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if tokens % along_time:
+        rule = f"is not divisible by the {along_time} ranks along time (parallel.context; x tensor with sequence)"
+        raise ConfigError(f"{key} {rule}; choose a multiple of {along_time}")
 
 
 def _source(index: int, entry: Any, phased: bool) -> SourceSettings:

@@ -28,6 +28,7 @@ from dla_train.resilience.journal import Rewind, data_position, data_step
 from dla_train.resilience.stopping import StopSignals
 from dla_train.resilience.watchdog import Watchdog
 from dla_train.run_log import RunLog
+from dla_train.segments import Segment, SegmentedForward, segments_of
 
 logger = logging.getLogger("dla_train.train")
 
@@ -111,11 +112,14 @@ class Loop:
         temperature = gate_temperature(config.memory, config.train.steps, step)
         sums = torch.zeros(2, device=self.mesh.device)
         for index, batch in enumerate(batches):
-            with clock.phase("forward"):
-                nats, partition = self._losses(batch, temperature)
-            with clock.phase("backward"):
-                self.engine.backward((nats + partition) / targets, last=index == len(batches) - 1)
-            sums += torch.stack([nats.detach(), partition.detach()])
+            forward = SegmentedForward(self.engine.module, self.mesh.device)
+            for segment in segments_of(batch, config.train.segment_tokens):
+                with clock.phase("forward"):
+                    nats, partition = self._losses(forward, segment, temperature)
+                with clock.phase("backward"):
+                    last = segment.last and index == len(batches) - 1
+                    self.engine.backward((nats + partition) / targets, last=last)
+                sums += torch.stack([nats.detach(), partition.detach()])
         lr = learning_rate(config.optim, config.train.steps, step)
         with clock.phase("step"):
             taken = self.engine.step(lr)
@@ -130,16 +134,13 @@ class Loop:
                 self.log.training(step, numbers | ({"z_loss": partition_loss} if config.optim.z_loss else {}))
         return _Step(loss, taken.grad_norm, taken.applied, batches)
 
-    def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        device = self.mesh.device
-        tokens, cu_seqlens = (part.to(device, non_blocking=True) for part in (batch.tokens, batch.cu_seqlens))
-        output = self.engine.module(tokens, cu_seqlens, gate_temperature=temperature)
-        loss = self.engine.module.token_loss
-        nats, partition, _ = loss(output.logits, batch.targets.to(device, non_blocking=True), self.config.optim.z_loss)
+    def _losses(self, forward: SegmentedForward, segment: Segment, temperature: float) -> tuple[Tensor, Tensor]:
+        logits, targets = forward(segment, gate_temperature=temperature)
+        nats, partition, _ = self.engine.module.token_loss(logits, targets, self.config.optim.z_loss)
         return nats, partition
 
-    def _loss(self, batch: Batch, temperature: float) -> Tensor:
-        nats, partition = self._losses(batch, temperature)
+    def _loss(self, forward: SegmentedForward, segment: Segment, temperature: float) -> Tensor:
+        nats, partition = self._losses(forward, segment, temperature)
         return nats + partition
 
     def _target_count(self, batches: list[Batch]) -> Tensor:
@@ -150,7 +151,11 @@ class Loop:
     def _explain(self, step: int, batches: list[Batch], grad_norm: float) -> None:
         """Say where numbers first went wrong in a step that was left out. Collective."""
         temperature = gate_temperature(self.config.memory, self.config.train.steps, step)
-        losses = [functools.partial(self._loss, batch, temperature) for batch in batches]
+        losses = []
+        for batch in batches:
+            forward = SegmentedForward(self.engine.module, self.mesh.device)
+            segments = segments_of(batch, self.config.train.segment_tokens)
+            losses += [functools.partial(self._loss, forward, segment, temperature) for segment in segments]
         found = self.mesh.gather(first_not_finite(self.engine.module, losses))
         self.log.drop_counts()
         where = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(found) if what)
@@ -191,6 +196,7 @@ class Loop:
             lambda totals: mesh.sum(totals, axes.batch),
             loss=module.token_loss,
             ranks_per_row=axes.context.size,
+            segment_tokens=train.segment_tokens,
         )
         module.train()
         self.log.validation(step, result)

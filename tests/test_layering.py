@@ -13,6 +13,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"hydra_app"},
     {"parallel"},
     {"models", "data"},
+    {"segments"},
     {"optim", "metrics", "telemetry"},
     {"logical_state"},
     {"engine", "checkpoint"},

@@ -3,7 +3,8 @@
 This file has the form `concatenate`: row r is stream[r*T : r*T + T + 1] of the documents one after another. Neighbours
 share one token, which is the last target of one and the first input of the next, so every token is an input exactly
 once. The rest at the end, shorter than a row, is left out of the epoch (other documents stand there in the next one). A
-document cut by a row edge starts anew: memory never crosses rows. best_fit.py has the form that cuts fewer documents.
+document cut by a row edge starts anew: memory never crosses rows (segments.py carries it inside a long one).
+best_fit.py has the form that cuts fewer documents.
 """
 
 from __future__ import annotations

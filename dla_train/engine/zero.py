@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dla_train.config import Config
 from dla_train.engine.gradients import gradient_norm
 from dla_train.engine.protocol import StepResult
-from dla_train.engine.zero_settings import ModelParallelUnit, deepspeed_config, import_deepspeed, micro_batches
+from dla_train.engine.zero_settings import ModelParallelUnit, backward_passes, deepspeed_config, import_deepspeed
 from dla_train.logical_state import (
     MOMENTS,
     load_module,
@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         self._bare_module, self._model, self._axes = model, config.model, mesh.axes
         self._stage = config.engine.zero_stage
         self._settings = deepspeed_config(config, mesh.axes, mesh.device.type)
-        self._loss_factor = mesh.axes.batch.size * micro_batches(config, mesh.axes)
+        self._loss_factor = mesh.axes.batch.size * backward_passes(config, mesh.axes)
         self._part_shapes = state_shapes(model)
         mpu = ModelParallelUnit(mesh.axes) if mesh.axes.tensor.size * mesh.axes.context.size > 1 else None
         deepspeed.utils.groups.mpu = mpu  # else that of an earlier engine of this process

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dla_train.config import Config, ConfigError
+from dla_train.data_config import segments_of_a_row
 from dla_train.parallel.axes import Axes
 
 # DeepSpeed's own sizes suit models of many billions: two buffers of 5e8 gradients whatever the model, and up to 1e9
@@ -66,16 +67,18 @@ class ModelParallelUnit:
         return 1
 
 
-def micro_batches(config: Config, axes: Axes) -> int:
-    """Micro-batches of one rank in a step."""
-    return config.train.global_batch_rows // (config.train.micro_batch_rows * axes.data.size)
+def backward_passes(config: Config, axes: Axes) -> int:
+    """Backward passes of one rank in a step of the longest rows: one for each segment of each micro-batch."""
+    micro_batches = config.train.global_batch_rows // (config.train.micro_batch_rows * axes.data.size)
+    return micro_batches * segments_of_a_row(config)
 
 
 def deepspeed_config(config: Config, axes: Axes, device: str) -> dict[str, Any]:
     """The whole configuration DeepSpeed sees. Batch sizes are explicit, so that it asserts our ranks.
 
-    It counts a row once for every context rank: those are data parallel to it. Gradients are summed, accumulated over
-    micro-batches and kept in float32 whatever the parameters are stored in. Reduction overlaps backward.
+    It counts a row once for every context rank, which are data parallel to it, and for every segment. Gradients are
+    summed, accumulated over micro-batches and kept in float32 whatever the parameters are stored in. Reduction overlaps
+    backward.
     """
     train, stage = config.train, config.engine.zero_stage
     zero: dict[str, Any] = {"stage": stage}
@@ -91,9 +94,9 @@ def deepspeed_config(config: Config, axes: Axes, device: str) -> dict[str, Any]:
     if config.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     settings = {
-        "train_batch_size": train.micro_batch_rows * micro_batches(config, axes) * axes.batch.size,
+        "train_batch_size": train.micro_batch_rows * backward_passes(config, axes) * axes.batch.size,
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
-        "gradient_accumulation_steps": micro_batches(config, axes),
+        "gradient_accumulation_steps": backward_passes(config, axes),
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -118,6 +121,8 @@ def import_deepspeed() -> Any:
     except ModuleNotFoundError as error:
         mend = "pip install 'dla-train[deepspeed]' (Linux), or use engine=local"
         raise ConfigError(f"engine.name=deepspeed needs the package deepspeed; {mend}") from error
+    # for inference on CPUs; it is compiled at the first start, under a lock that a process killed then leaves for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _forget_the_group_at_import()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -20,6 +20,7 @@ from dla_train.data.packing import IGNORED_TARGET
 from dla_train.data.tokenizer import Tokenizer
 from dla_train.models.language_model import LanguageModelOutput
 from dla_train.models.loss import next_token_loss
+from dla_train.segments import SegmentedForward, segments_of
 
 Forward = Callable[[Tensor, Tensor], LanguageModelOutput]
 """(tokens [B, T], cu_seqlens [M+1]) -> output; the model, in evaluation mode, or an engine around it."""
@@ -51,19 +52,22 @@ def held_out_loss(
     *,
     loss: TokenLoss = next_token_loss,
     ranks_per_row: int = 1,
+    segment_tokens: int = 0,
 ) -> HeldOut:
     """Loss of `forward` on this rank's micro-batches, summed over the ranks.
 
-    Of a divided model `loss` is its token_loss and ranks_per_row the ranks among which a row's tokens lie. The caller
-    puts the model into evaluation mode (hard boundaries). Raises ValueError if there is nothing to predict.
+    Of a divided model `loss` is its token_loss and ranks_per_row the ranks among which a row's tokens lie. Rows go
+    through in segments of `segment_tokens` (0: whole). The caller puts the model into evaluation mode (hard
+    boundaries). Raises ValueError if there is nothing to predict.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for micro_batches in batches:
         for batch in micro_batches:
-            logits = forward(batch.tokens.to(device), batch.cu_seqlens.to(device)).logits
-            nats, _, count = loss(logits, batch.targets.to(device))
-            text_bytes = torch.tensor(target_bytes(batch, tokenizer) / ranks_per_row, device=device)
-            totals += torch.stack([nats.double(), count.double(), text_bytes.double()])
+            run = SegmentedForward(forward, device)
+            for segment in segments_of(batch, segment_tokens):
+                nats, _, count = loss(*run(segment))
+                totals[:2] += torch.stack([nats.double(), count.double()])
+            totals[2] += target_bytes(batch, tokenizer) / ranks_per_row
     nats_sum, tokens, bytes_sum = sum_over_ranks(totals).tolist()
     if not tokens:
         raise ValueError("the held-out batches have no targets; use more held-out text or a shorter context")

@@ -88,10 +88,10 @@ def typical_head(model: LanguageModel, tokenizer: Tokenizer, text: str, rate: fl
     model.eval()
     model.reset_memory_statistics()
     model(torch.tensor([tokenizer.encode(text)], device=model.embedding.weight.device))
-    boundaries, tokens = model.memory_statistics()[..., :2].unbind(-1)
+    boundaries, decisions = model.memory_statistics()[..., :2].unbind(-1)
     model.reset_memory_statistics()
     model.train(was_training)
-    best = int((boundaries / tokens - rate).abs().flatten().argmin())
+    best = int((boundaries / decisions.clamp_min(1) - rate).abs().flatten().argmin())
     return divmod(best, model.model_config.num_heads)
 
 

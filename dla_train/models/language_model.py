@@ -137,9 +137,9 @@ class LanguageModel(nn.Module):
         return [block.mixer.empty_cache(batch, max_tokens, device=device) for block in self._blocks()]
 
     def memory_statistics(self) -> Tensor:
-        """[layers, H, 3] float64 since the last reset: boundaries, tokens, and the sum over tokens of live slots.
+        """[layers, H, 3] float64 since the last reset: boundaries, decisions, and the sum over decisions of live slots.
 
-        A document's first token is no decision and counts as no boundary. Zeros for attention. This rank's tokens only.
+        Every token decides but a document's first, so padding does not. Zeros for attention. This rank's tokens only.
         """
         heads = self.model_config.num_heads // self.axes.tensor.size
         empty = torch.zeros(heads, 3, dtype=torch.float64, device=self.embedding.weight.device)
@@ -176,7 +176,7 @@ class LanguageModel(nn.Module):
         cache: Cache | None,
         return_cache: bool,
     ) -> tuple[Tensor, Cache | None]:
-        if self.recompute and torch.is_grad_enabled() and not return_cache:
+        if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, documents, record, temperature, cache, return_cache, use_reentrant=False)
         return block(x, documents, record, temperature, cache, return_cache)
 

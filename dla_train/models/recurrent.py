@@ -208,9 +208,12 @@ class RecurrentMixer(nn.Module):
 
     @torch.no_grad()
     def _count(self, plan: MemoryPlan) -> None:
-        """Add to [H, 3]: boundaries (a document's first token is no decision and not counted), tokens, live slots."""
-        decided = plan.boundary & (plan.positions > 0)[..., None]
+        """Add to [H, 3]: boundaries, decisions, live slots at decisions.
+
+        A document's first token decides nothing and is not counted, so neither is padding, of which each is a document.
+        """
+        decides = (plan.positions > 0)[..., None]
         own = self.statistics.chunk(self.context.size)[self.context.rank]
-        tokens = torch.full_like(own[:, 1], plan.positions.numel())
-        counted = [decided.sum((0, 1)), tokens, plan.live_slots().sum((0, 1))]
+        decisions = decides.sum().expand(len(own))
+        counted = [(plan.boundary & decides).sum((0, 1)), decisions, (plan.live_slots() * decides).sum((0, 1))]
         own += torch.stack([c.to(own) for c in counted], dim=-1)

@@ -7,6 +7,7 @@ when no activations are left but the engine may hold gradients twice. The total 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dla_train.models.cost import cache_bytes
@@ -32,6 +33,8 @@ class Budget:
     """What the operations of a layer hold while they run, beside what is kept."""
     loss: int
     """Logits, their gradient, and what the loss keeps."""
+    carried: int
+    """Merge caches between segments of a row: those that the last one left and those that this one leaves."""
     layer: tuple[Kept, ...]
     """What one layer keeps without recomputation, by part."""
     cache_bytes: int
@@ -41,7 +44,7 @@ class Budget:
     def total(self) -> int:
         """Most that is held at once."""
         s = self.states
-        backward = s.gradients + s.buffers + self.activations + self.plans
+        backward = s.gradients + s.buffers + self.activations + self.plans + self.carried
         backward += max(self.loss, self.recomputed + self.workspace)
         return s.weights + s.optimizer + max(backward, s.step)
 
@@ -63,6 +66,15 @@ def budget(layout: Layout, shape: LayerShape, weights: Weights, z_loss: bool) ->
         recomputed=again,
         workspace=workspace_bytes(shape),
         loss=loss_bytes(shape, z_loss, divided=layout.tensor > 1),
+        carried=_carried(shape),
         layer=tuple(layer),
         cache_bytes=cache_bytes(shape.model, shape.memory, 1, shape.context, compute_bytes=shape.compute_bytes),
     )
+
+
+def _carried(shape: LayerShape) -> int:
+    """Of all layers, for the micro-batch's rows and the heads inside a mixer."""
+    if shape.segments == 1:
+        return 0
+    inside = dataclasses.replace(shape.model, num_heads=shape.heads, num_key_heads=shape.key_heads)
+    return 2 * cache_bytes(inside, shape.memory, shape.rows, shape.context)

@@ -13,6 +13,7 @@ from functools import partial
 
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import check_engine, validate
+from dla_train.data_config import segments_of_a_row
 from dla_train.parallel.vocab import padded_vocab
 
 
@@ -86,6 +87,10 @@ class Layout:
     def micro_batches(self, config: Config) -> int:
         """Micro-batches of a rank in one step."""
         return max(1, config.train.global_batch_rows // (self.micro_batch_rows * self.data))
+
+    def backward_passes(self, config: Config) -> int:
+        """Backward passes of a rank in one step: one for each segment of each micro-batch."""
+        return self.micro_batches(config) * segments_of_a_row(config)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def plan(config: Config, layout: Layout, target: Target) -> Plan:
 def _of_a_rank(config: Config, layout: Layout, target: Target) -> dict[str, Any]:
     shape = LayerShape.of(config, layout, target)
     weights = parameter_count(shape.model, config.memory)
-    given = Weights(weights, shape.largest_weight, layout.micro_batches(config))
+    given = Weights(weights, shape.largest_weight, layout.backward_passes(config))
     return {
         "parameters_per_rank": weights,
         "memory": budget(layout, shape, given, config.optim.z_loss > 0),

@@ -38,7 +38,7 @@ def table_markdown(plans: Sequence[Plan]) -> str:
         *(_chosen_row(plan) for plan in plans),
     ]
     kinds = [
-        ["run", "context", "ranks", "weights", "gradients", "optimizer", "buffers", "activations", "plans"]
+        ["run", "context", "ranks", "weights", "gradients", "optimizer", "buffers", "activations", "plans", "carried"]
         + ["one layer again", "workspace", "logits and loss", "in the step", "most at once"],
         *(_kinds_row(plan) for plan in plans if plan.memory is not None),
     ]
@@ -99,6 +99,7 @@ def _kinds(memory: Budget) -> list[tuple[str, int]]:
         ("engine's buffers", states.buffers),
         ("activations", memory.activations),
         ("memory plans", memory.plans),
+        ("carried memory", memory.carried),
         ("one layer, recomputed", memory.recomputed),
         ("workspace of a layer", memory.workspace),
         ("logits and loss", memory.loss),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dla_kernels.tuning import TUNING
 from dla_train.config import Config, MemoryConfig, ModelConfig
+from dla_train.data_config import segments_of_a_row
 from dla_train.models.cost import memory_capacity, routing_dim
 from dla_train.parallel.sections import local_model
 from dla_train.plan_run.layout import Layout
@@ -44,7 +45,9 @@ class LayerShape:
     rows: int
     """B: rows of the micro-batch."""
     context: int
-    """T: tokens of a whole row."""
+    """T: tokens of a whole row, or of a segment of one."""
+    segments: int
+    """Segments that go through the model one after the other, with the memory carried between them."""
     context_ranks: int
     """Ranks that divide a row along time outside mixers and divide the heads inside."""
     shared_key_head: bool
@@ -72,7 +75,8 @@ class LayerShape:
             model=local_model(config.model, layout.tensor),
             memory=config.memory,
             rows=layout.micro_batch_rows,
-            context=config.data.context_tokens,
+            context=config.train.segment_tokens or config.data.context_tokens,
+            segments=segments_of_a_row(config),
             context_ranks=layout.context,
             shared_key_head=config.model.num_key_heads == 1,
             sequence_ranks=layout.tensor if layout.sequence else 1,

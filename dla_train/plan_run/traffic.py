@@ -36,7 +36,7 @@ class Traffic:
 
 def traffic(config: Config, layout: Layout, shape: LayerShape, weights: int) -> Traffic:
     """Of a rank with `weights` weights."""
-    steps = layout.micro_batches(config)
+    steps = layout.backward_passes(config)
     return Traffic(
         tensor=steps * _tensor(layout, shape),
         context=steps * config.model.num_layers * _context(layout, shape),

@@ -26,6 +26,12 @@ def test_padding_changes_nothing_that_counts(tmp_path: Path, choice: list[str]) 
     config = compose(["experiment=quickstart", "model.vocab_size=320", "memory=dla", *choice])
     model = build_model(config, "cpu").train()
 
+    if "memory=none" not in choice:
+        model(batch.tokens, batch.cu_seqlens)
+        decisions = model.memory_statistics()[:, :, 1].unique().tolist()
+        assert decisions == [batch.tokens.numel() - (batch.cu_seqlens.numel() - 1)]  # all but documents' first tokens
+        model.reset_memory_statistics()
+
     def run(batch: Batch, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         logits = model(tokens, batch.cu_seqlens).logits
         loss = next_token_loss(logits, batch.targets)[0]

@@ -26,12 +26,14 @@ from dla_train.config import (
     TrainConfig,
 )  # fmt: skip
 from dla_train.config_rules import validate
+from dla_train.data.batch import Batch
 from dla_train.engine import LocalEngine, build_engine, gradients, zero_settings
 from dla_train.logical_state import module_tensors
 from dla_train.models.build import build_model, meta_model
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.mesh import Mesh
 from dla_train.parallel.sections import whole_of
+from dla_train.segments import SegmentedForward, segments_of
 from tests.parallel import ranks
 from tests.parallel.equal_models import whole_logits
 from tests.tolerances import TRAINING
@@ -99,7 +101,7 @@ class Path:
 
 
 def walk(engine, config, axes, packed):
-    """Train STEPS steps -> Path; the gradient and the logits are those of the first."""
+    """Train STEPS steps -> Path; the gradient and the logits (of the last segment) are those of the first."""
     rows = config.train.global_batch_rows
     share = rows // axes.data.size
     own = range(axes.data.rank * share, (axes.data.rank + 1) * share)
@@ -108,13 +110,16 @@ def walk(engine, config, axes, packed):
         tokens, targets, edges = rows_of(step, rows, packed)
         count, total = (targets != -100).sum(), torch.zeros((), device=ranks.device)
         for row in own:
-            output = engine.module(tokens[row : row + 1], edges, gate_temperature=0.5)
-            nats, partition, _ = engine.module.token_loss(output.logits, targets[row : row + 1], 1e-2)
-            loss = (nats + partition) / count
-            engine.backward(loss, last=row == own[-1])
-            total += loss.detach()
+            forward = SegmentedForward(engine.module, ranks.device)
+            batch = Batch(tokens[row : row + 1].cpu(), targets[row : row + 1].cpu(), edges.cpu())
+            for segment in segments_of(batch, config.train.segment_tokens):
+                logits, wanted = forward(segment, gate_temperature=0.5)
+                nats, partition, _ = engine.module.token_loss(logits, wanted, 1e-2)
+                loss = (nats + partition) / count
+                engine.backward(loss, last=segment.last and row == own[-1])
+                total += loss.detach()
             if step == 1 and row == 0:
-                path.logits = whole_logits(output.logits.detach(), config.model, axes)
+                path.logits = whole_logits(logits.detach(), config.model, axes)
         if axes.batch.size > 1:
             dist.all_reduce(total, group=axes.batch.group)
         if step == 1:

@@ -13,6 +13,7 @@ LAYOUTS = ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"context": 2})
 LOCAL, STAGES = -1, (1, 2, 3)
 ROUNDED = json.dumps({"engine.weights": "bfloat16"})
 OFFLOADED = json.dumps({"engine.offload_optimizer": True})
+SEGMENTS = json.dumps({"train.segment_tokens": 8})
 BOTH = json.dumps({"engine.weights": "bfloat16", "engine.offload_optimizer": True})
 
 
@@ -33,6 +34,8 @@ FLOAT32 = [
     *checks_of(LAYOUTS[2:], [kind for kind in KINDS if kind not in MAIN], STAGES),
     *checks_of(LAYOUTS[1:], MAIN[:1], [0]),
     *checks_of(LAYOUTS[2:], MAIN[:1], STAGES, changes=OFFLOADED),
+    *checks_of(LAYOUTS, MAIN[:1], [LOCAL, *STAGES], changes=SEGMENTS),
+    *checks_of(LAYOUTS[2:], MAIN[1:2], [LOCAL, 1], changes=SEGMENTS),
 ]
 BFLOAT16 = [
     *checks_of(LAYOUTS, MAIN, [LOCAL], dtype="bfloat16"),

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dla_train.config import Config
+from dla_train.data.batch import Batch
 from dla_train.models import LanguageModel
 from dla_train.models.build import build_model
 from dla_train.optim import build_optimizer
+from dla_train.segments import SegmentedForward, segments_of
 
 
 def model_of(config: Config) -> LanguageModel:
@@ -159,8 +161,22 @@ def most_in_a_step(config: Config, *, packed: bool = False) -> int:
     model = model_of(config)
     step_loss(model, config, packed=packed).backward()
     with LiveBytes() as live:
-        step_loss(model, config, packed=packed).backward()
+        if config.train.segment_tokens:
+            step_in_segments(model, config)
+        else:
+            step_loss(model, config, packed=packed).backward()
     return live.most
+
+
+def step_in_segments(model: LanguageModel, config: Config) -> None:
+    """Forward and backward of a micro-batch of one document a row, segment by segment."""
+    rows, context = config.train.micro_batch_rows, config.data.context_tokens
+    tokens = torch.zeros(rows, context, dtype=torch.int64)
+    batch = Batch(tokens, tokens, torch.arange(0, rows * context + 1, context, dtype=torch.int32))
+    forward = SegmentedForward(model, torch.device("cpu"))
+    for segment in segments_of(batch, config.train.segment_tokens):
+        nats, partition, _ = model.token_loss(*forward(segment), config.optim.z_loss)
+        (nats + partition).backward()
 
 
 def state_bytes(config: Config) -> tuple[int, int, int]:

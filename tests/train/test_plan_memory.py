@@ -91,6 +91,18 @@ def test_the_most_held_at_once_in_a_step_is_within_ten_percent(case: str, recomp
     assert expected == pytest.approx(most_in_a_step(config), rel=PEAK)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", ["mamba2 dla", "gated frozen slots"])
+def test_segments_cost_their_own_activations_and_the_memory_between_them(case: str, recompute: bool) -> None:
+    config = configured(*CASES[case], "data.context_tokens=384", "train.segment_tokens=96")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, recompute=recompute))
+    memory = planned(config).memory
+    assert memory is not None
+    states = memory.states
+    expected = memory.total - states.weights - states.gradients - states.optimizer - states.buffers
+    assert memory.carried and expected == pytest.approx(most_in_a_step(config), rel=PEAK)
+
+
 def test_packed_rows_cost_attention_a_mask_a_layer() -> None:
     config = configured(*CASES["transformer"])
     real = held_after_forward(config, packed=True)

@@ -20,21 +20,23 @@ def counted(telemetry: MemoryTelemetry, model: torch.nn.Module) -> dict[str, flo
     return telemetry.read()
 
 
-def test_numbers_are_means_over_layers_heads_and_tokens(tiny: Callable[..., Config]) -> None:
+def test_numbers_are_means_over_layers_heads_and_decisions(tiny: Callable[..., Config]) -> None:
     model = build_model(tiny("memory=fixed", "memory.interval_tokens=4"), "cpu")
     numbers = counted(MemoryTelemetry(model, ONE_RANK), model)
-    assert numbers["boundary_rate"] == pytest.approx(3 / 16)  # tokens 4, 8 and 12 of each row of 16
-    assert numbers["live_slots"] == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert numbers["boundary_rate"] == pytest.approx(
+        3 / 15
+    )  # tokens 4, 8 and 12 of each row of 16, whose first decides nothing
+    assert numbers["live_slots"] == pytest.approx((1 * 3 + 2 * 4 + 3 * 4 + 4 * 4) / 15)
     assert "tau" not in numbers
 
 
 def test_counts_of_several_steps_add_up_and_a_read_empties_them(tiny: Callable[..., Config]) -> None:
     model = build_model(tiny("memory=fixed", "memory.interval_tokens=4"), "cpu")
     telemetry = MemoryTelemetry(model, ONE_RANK)
-    for tokens in (torch.arange(4)[None], torch.arange(8)[None]):  # 0 and 1 boundaries in 12 tokens
+    for tokens in (torch.arange(4)[None], torch.arange(8)[None]):  # 0 and 1 boundaries in 10 decisions
         model(tokens)
         telemetry.after_step()
-    assert telemetry.read()["boundary_rate"] == pytest.approx(1 / 12)
+    assert telemetry.read()["boundary_rate"] == pytest.approx(1 / 10)
     assert telemetry.read() == {}
 
 

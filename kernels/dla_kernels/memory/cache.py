@@ -96,6 +96,14 @@ class MergeCache:
         """A detached copy that shares nothing with this cache."""
         return dataclasses.replace(self, **{name: t.detach().clone() for name, t in self._tensors().items()})
 
+    def carried(self, rows: Tensor) -> MergeCache:
+        """A detached cache for what follows: `rows` [B] (bool) go on with their document, the others are empty."""
+        kept = {}
+        for name, tensor in self._tensors().items():
+            mask = rows.view(-1, *[1] * (tensor.dim() - 1))
+            kept[name] = torch.where(mask, tensor.detach(), torch.full_like(tensor, 1 if name == "gates" else 0))
+        return dataclasses.replace(self, **kept)
+
     def reset(self) -> None:
         """Empty every sequence in place: a new document starts."""
         for name, tensor in self._tensors().items():

@@ -1,0 +1,62 @@
+"""Training on rows in segments: config rules, exact resume, validation on whole memory, every mistake named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dla_train.config import Config, ConfigError
+from dla_train.config_rules import validate
+from dla_train.train import train
+from tests.train.runs import numbers_of
+
+MakeConfig = Callable[..., Config]
+IN_SEGMENTS = ("train.segment_tokens=8", "train.validation_batches=2", "train.validation_interval_steps=4")
+
+
+def test_the_first_loss_and_held_out_losses_are_those_of_whole_rows(tiny: MakeConfig, tmp_path: Path) -> None:
+    """With a learning rate of 0: gradients differ, the numbers of a forward pass do not."""
+    whole = ("optim.lr=1e-30", "train.validation_batches=2", "train.validation_interval_steps=4")
+    train(tiny(*whole, f"run_dir={tmp_path}/whole"))
+    train(tiny(*whole, "train.segment_tokens=8"))
+    for name in ("loss", "validation_loss"):
+        expected, found = numbers_of(tmp_path / "whole", name), numbers_of(tmp_path / "run", name)
+        assert found and [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)
+    assert numbers_of(tmp_path / "whole", "grad_norm") != numbers_of(tmp_path / "run", "grad_norm")
+
+
+def test_a_resumed_run_in_segments_equals_one_that_was_not_stopped(tiny: MakeConfig, tmp_path: Path) -> None:
+    train(tiny(*IN_SEGMENTS, f"run_dir={tmp_path}/whole"))
+    train(tiny(*IN_SEGMENTS, "train.stop_at_step=3"))
+    train(tiny(*IN_SEGMENTS))
+    names = ("loss", "grad_norm")
+    assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "whole", *names)
+    losses = [loss for _, loss in numbers_of(tmp_path / "run", "loss")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.segment_tokens=32"], "is no shorter than the longest row, of 32 tokens; leave it at 0"),
+        (["train.segment_tokens=12"], "does not divide rows of 32 tokens"),
+        (["train.segment_tokens=-1"], "train.segment_tokens=-1"),
+        (
+            ["model.backbone=attention", "model.conv_width=0", "memory=none", "train.segment_tokens=8"],
+            "model.backbone=attention has none",
+        ),
+        (["train.segment_tokens=8", "memory.chunk_tokens=32"], "is shorter than memory.chunk_tokens=32"),
+        (["train.segment_tokens=1", "parallel.context=2"], "is not divisible by the 2 ranks along time"),
+        (
+            ["train.segment_tokens=16", "data.phases=[{start_tokens: 0, context_tokens: 8}, {start_tokens: 512}]"],
+            "",
+        ),
+    ],
+)
+def test_segments_that_cannot_be_are_refused(tiny: MakeConfig, overrides: list[str], message: str) -> None:
+    if not message:
+        validate(tiny(*overrides), 1)
+        return
+    with pytest.raises(ConfigError, match=message):
+        validate(tiny(*overrides), 2 if "parallel.context=2" in overrides else 1)
