@@ -1,9 +1,12 @@
-"""Held-out loss in nats per token and bits per byte of text.
+"""Held-out loss in nats per token, by position in the document, and in bits per byte of text.
 
 Bits per byte compares models of different tokenizers: the summed nats over ln 2, divided by the UTF-8 bytes of the text
 that the counted targets stand for. A row's text is what decoding (first input token + targets) adds over decoding that
 first token, so a leading space that a tokenizer drops at the start of a string is counted where the text has it.
 Special tokens (end of document) cost bits and stand for no bytes.
+
+The loss is that of inference: hard boundaries. A model that trains with soft ones can learn to lean on them without the
+training loss showing it, so the loss with soft boundaries is taken on the same rows, and the gap is reported.
 """
 
 from __future__ import annotations
@@ -15,16 +18,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dla_kernels import document_positions
 from dla_train.data.loader import Batch
 from dla_train.data.packing import IGNORED_TARGET
 from dla_train.data.tokenizer import Tokenizer
+from dla_train.evaluate.bands import Bands
+from dla_train.models.context import own_time
 from dla_train.models.language_model import LanguageModelOutput
-from dla_train.models.loss import next_token_loss
+from dla_train.models.loss import next_token_nats
+from dla_train.parallel.axes import Axes
 
 Forward = Callable[[Tensor, Tensor], LanguageModelOutput]
 """(tokens [B, T], cu_seqlens [M+1]) -> output; the model, in evaluation mode, or an engine around it."""
-TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""(logits, targets) -> (sum of nats, sum of z-loss, count)."""
+TokenNats = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets [B, T]) -> nats of this rank's targets [B, T'], 0 where there is none."""
+
+
+@dataclass(frozen=True)
+class BandLoss:
+    """Loss of the targets in a band of positions."""
+
+    first: int
+    """First position."""
+    end: int
+    """One past the last."""
+    loss: float
+    """Mean nats per target token."""
+    tokens: int
+    """Target tokens."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,23 @@ class HeldOut:
     """Target tokens."""
     text_bytes: int
     """UTF-8 bytes of their text."""
+    bands: tuple[BandLoss, ...] = ()
+    """By position, where bands were asked for; a band without targets is left out."""
+    soft_loss: float | None = None
+    """`loss` with the soft boundaries of training, where a forward with them was given."""
+
+    @property
+    def gate_gap(self) -> float | None:
+        """Nats per token that hard boundaries cost over soft ones."""
+        return None if self.soft_loss is None else self.loss - self.soft_loss
+
+    def numbers(self) -> dict[str, float]:
+        """The result as flat numbers, as a run logs them."""
+        named = {"validation_loss": self.loss, "validation_bits_per_byte": self.bits_per_byte}
+        named |= {f"validation_loss_{band.first}_{band.end}": band.loss for band in self.bands}
+        if self.soft_loss is not None:
+            named |= {"validation_soft_loss": self.soft_loss, "validation_gate_gap": self.loss - self.soft_loss}
+        return named
 
 
 @torch.no_grad()
@@ -49,30 +87,54 @@ def held_out_loss(
     device: torch.device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     *,
-    loss: TokenLoss = next_token_loss,
-    ranks_per_row: int = 1,
+    nats: TokenNats = next_token_nats,
+    axes: Axes | None = None,
+    bands: Bands | None = None,
+    soft_forward: Forward | None = None,
 ) -> HeldOut:
-    """Loss of `forward` on this rank's micro-batches, summed over the ranks.
+    """Loss of `forward` on this rank's micro-batches, summed over the ranks in one call of `sum_over_ranks`.
 
-    Of a divided model `loss` is its token_loss and ranks_per_row the ranks among which a row's tokens lie. The caller
-    puts the model into evaluation mode (hard boundaries). Raises ValueError if there is nothing to predict.
+    Of a divided model `nats` is its token_nats and `axes` the ranks that share it. bands: also by position.
+    soft_forward: the same model with soft boundaries, for `soft_loss`. The caller puts the model into evaluation mode
+    (hard boundaries). Raises ValueError if there is nothing to predict.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    axes = Axes.single() if axes is None else axes
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    by_band = torch.zeros(2, len(bands) if bands is not None else 0, dtype=torch.float64, device=device)
     for micro_batches in batches:
         for batch in micro_batches:
-            logits = forward(batch.tokens.to(device), batch.cu_seqlens.to(device)).logits
-            nats, _, count = loss(logits, batch.targets.to(device))
-            text_bytes = torch.tensor(target_bytes(batch, tokenizer) / ranks_per_row, device=device)
-            totals += torch.stack([nats.double(), count.double(), text_bytes.double()])
-    nats_sum, tokens, bytes_sum = sum_over_ranks(totals).tolist()
+            tokens, targets, cu_seqlens = (x.to(device) for x in (batch.tokens, batch.targets, batch.cu_seqlens))
+            lost = nats(forward(tokens, cu_seqlens).logits, targets)
+            counted = own_time(targets, axes) != IGNORED_TARGET
+            soft = nats(soft_forward(tokens, cu_seqlens).logits, targets) if soft_forward is not None else lost
+            text_bytes = torch.tensor(target_bytes(batch, tokenizer) / axes.context.size, device=device)
+            totals += torch.stack([x.double().sum() for x in (lost, counted, text_bytes, soft)])
+            if bands is not None:
+                positions = own_time(document_positions(cu_seqlens, *tokens.shape, device=device), axes)
+                by_band += torch.stack([bands.sums(positions, lost), bands.sums(positions, counted)])
+    summed = sum_over_ranks(torch.cat([totals, by_band.flatten()])).tolist()
+    return _result(summed, bands, soft=soft_forward is not None)
+
+
+def _result(summed: list[float], bands: Bands | None, *, soft: bool) -> HeldOut:
+    """From [nats, targets, bytes, soft nats, nats of every band, targets of every band], summed over the ranks."""
+    nats_sum, tokens, bytes_sum, soft_sum = summed[:4]
     if not tokens:
         raise ValueError("the held-out batches have no targets; use more held-out text or a shorter context")
+    ranges = bands.ranges if bands is not None else []
+    sums, counts = summed[4 : 4 + len(ranges)], summed[4 + len(ranges) :]
     bits = nats_sum / math.log(2)
     return HeldOut(
         loss=nats_sum / tokens,
         bits_per_byte=bits / bytes_sum if bytes_sum else math.nan,
         tokens=int(tokens),
         text_bytes=round(bytes_sum),
+        bands=tuple(
+            BandLoss(first, end, lost / count, int(count))
+            for (first, end), lost, count in zip(ranges, sums, counts, strict=True)
+            if count
+        ),
+        soft_loss=soft_sum / tokens if soft else None,
     )
 
 

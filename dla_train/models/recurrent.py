@@ -214,3 +214,8 @@ class RecurrentMixer(nn.Module):
         tokens = torch.full_like(own[:, 1], plan.positions.numel())
         counted = [decided.sum((0, 1)), tokens, plan.live_slots().sum((0, 1))]
         own += torch.stack([c.to(own) for c in counted], dim=-1)
+
+
+def has_soft_gate(memory: MemoryConfig) -> bool:
+    """Whether training reads boundaries otherwise than inference; a straight-through gate differs backward alone."""
+    return memory.policy == "dla" and memory.gate == "soft" and memory.capacity > 1
