@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"huggingface"},
     {"run_log"},
     {"loop"},
-    {"train", "generate", "runs"},
+    {"train", "generate", "diagnose", "runs"},
     {"sweep", "quickstart", "bench", "plan_run", "inspect_data", "launch"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
