@@ -196,7 +196,10 @@ class TrainConfig:
     validation_interval_steps: int = 0
     """Steps between validations; 0 validates at the end only."""
     validation_batches: int = 0
-    """Global batches of one validation; 0 turns validation off."""
+    """Global batches of one validation; 0 turns validation off. It logs the loss with hard boundaries, by position in
+    the document too, and where training has soft boundaries the loss with those."""
+    validation_band_edges_tokens: list[int] = field(default_factory=list)
+    """Positions at which a validation's bands meet, rising; empty is 1/16, 1/4 and 1/2 of data.context_tokens."""
 
 
 @dataclass

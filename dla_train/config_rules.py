@@ -346,11 +346,22 @@ def _check_loop(config: Config) -> None:
     if train.validation_batches and not config.data.validation:
         rule = "needs data.validation, which names no files"
         _reject("train.validation_batches", train.validation_batches, rule, "name held-out files, or set it to 0")
+    _check_bands(train.validation_band_edges_tokens, train.validation_batches, config.data.context_tokens)
     if train.initial == "":
         _reject("train.initial", "''", "is empty", "name a model folder, or leave it out")
     for key in ("name", "run_dir", "data.tokenizer"):
         if not value_at(config, key):
             _reject(key, "''", "is empty", "give it a value")
+
+
+def _check_bands(edges: list[int], validation_batches: int, context_tokens: int) -> None:
+    key = "train.validation_band_edges_tokens"
+    if edges and not validation_batches:
+        _reject(key, edges, "divides validations of train.validation_batches=0 batches", "set both or neither")
+    ends = [0, *edges, context_tokens]
+    if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+        rule = f"does not rise strictly between 0 and data.context_tokens={context_tokens}"
+        _reject(key, edges, rule, "sort the edges inside the context, or leave them out")
 
 
 def _check_checkpoints(checkpoint: CheckpointConfig) -> None:

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ from dla_train.config import Config
 from dla_train.data.loader import Batch, DataSources
 from dla_train.data.packing import IGNORED_TARGET
 from dla_train.engine import Engine
-from dla_train.evaluate.held_out import HeldOut, held_out_loss
+from dla_train.evaluate.bands import Bands
+from dla_train.evaluate.held_out import Forward, HeldOut, held_out_loss
+from dla_train.models.language_model import LanguageModelOutput
+from dla_train.models.recurrent import has_soft_gate
 from dla_train.optim import gate_temperature, learning_rate
 from dla_train.parallel.mesh import Mesh
 from dla_train.resilience.diagnosis import first_not_finite
@@ -194,14 +198,29 @@ class Loop:
             self.sources.tokenizer,
             mesh.device,
             lambda totals: mesh.sum(totals, axes.batch),
-            loss=module.token_loss,
-            ranks_per_row=axes.context.size,
+            nats=module.token_nats,
+            axes=axes,
+            bands=Bands.of(self.config.data.context_tokens, train.validation_band_edges_tokens),
+            soft_forward=self._soft_forward(step) if has_soft_gate(self.config.memory) else None,
             segment_tokens=train.segment_tokens,
         )
         module.train()
         self.log.validation(step, result)
         self.log.clock.restart()
         return result
+
+    def _soft_forward(self, step: int) -> Forward:
+        """The forward of training, boundaries as soft as they are at `step`, of a model in evaluation mode."""
+        module = self.engine.module
+        temperature = gate_temperature(self.config.memory, self.config.train.steps, step)
+
+        def forward(tokens: Tensor, cu_seqlens: Tensor, **carried: Any) -> LanguageModelOutput:
+            module.train()
+            output = module(tokens, cu_seqlens, gate_temperature=temperature, **carried)
+            module.eval()
+            return output
+
+        return forward
 
 
 @dataclass(frozen=True)

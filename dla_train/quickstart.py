@@ -30,7 +30,7 @@ from dla_train.evaluate.loading import load_model
 from dla_train.evaluate.loss_curve import plot_loss_curve
 from dla_train.evaluate.merge_map import merge_map, plot_merge_map, typical_head
 from dla_train.evaluate.unigram import unigram_entropy
-from dla_train.generate import generate
+from dla_train.generate import Sampling, generate
 from dla_train.hydra_app import compose
 
 PROMPT = "def parse_arguments(self, "
@@ -105,7 +105,8 @@ def measure(config: Config) -> dict[str, object]:
     batches = sources.validation.validation_batches(HELD_OUT_BATCHES, 0, 1, config.train.micro_batch_rows)
     result: HeldOut = held_out_loss(model, batches, sources.tokenizer, model.embedding.weight.device)
     training_files = TokenFiles([prefix for source in training_sources(config.data) for prefix in source.prefixes])
-    sample = generate(model, sources.tokenizer.encode(PROMPT), 120, temperature=0.7, top_k=40)
+    prompt = sources.tokenizer.encode(PROMPT)
+    made = generate(model, [prompt], 120, Sampling(temperature=0.7, top_k=40))
     report = {
         "step": step,
         "held_out_loss": result.loss,
@@ -113,9 +114,9 @@ def measure(config: Config) -> dict[str, object]:
         "held_out_tokens": result.tokens,
         "unigram_entropy": unigram_entropy(training_files, config.model.vocab_size),
         "prompt": PROMPT,
-        "sample": sources.tokenizer.decode(sample.tokens),
-        "cache_bytes": sample.cache_bytes,
-        "decode_tokens_per_second": sample.tokens_per_second,
+        "sample": sources.tokenizer.decode(made.continuations[0].tokens),
+        "cache_bytes": made.cache_bytes,
+        "decode_tokens_per_second": made.decode_tokens_per_second,
     }
     sources.train.close()
     return report

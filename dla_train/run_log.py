@@ -69,9 +69,10 @@ class RunLog:
     def validation(self, step: int, result: HeldOut) -> None:
         """Write the line of a validation and forget what it counted in the memories."""
         self.drop_counts()
-        numbers = {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
-        logger.info("step %d: held-out loss %.4f, %.4f bits per byte", step, result.loss, result.bits_per_byte)
-        self._write(step, numbers)
+        gap = "" if result.gate_gap is None else f", hard boundaries cost {result.gate_gap:+.4f} over soft ones"
+        line = "step %d: held-out loss %.4f, %.4f bits per byte%s"
+        logger.info(line, step, result.loss, result.bits_per_byte, gap)
+        self._write(step, result.numbers())
 
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         for sink in self._sinks:

@@ -27,6 +27,8 @@ class Segment:
     """Its tokens and targets [b, segment]; the offsets of its documents, a part of a document counting as one."""
     goes_on: Tensor
     """[b] bool: rows that begin with the rest of a document."""
+    columns: slice
+    """Its place in the rows."""
     first: bool
     last: bool
 
@@ -41,18 +43,19 @@ def segments_of(batch: Batch, segment_tokens: int) -> Iterator[Segment]:
     if length % size:
         raise ValueError(f"rows of {length} tokens do not divide into segments of {segment_tokens}")
     if size == length:
-        yield Segment(batch, torch.zeros(rows, dtype=torch.bool), first=True, last=True)
+        yield Segment(batch, torch.zeros(rows, dtype=torch.bool), slice(0, length), first=True, last=True)
         return
     starts = torch.zeros(rows * length, dtype=torch.bool)
     starts[batch.cu_seqlens[:-1].long()] = True
     for begin in range(0, length, size):
-        own = starts.view(rows, length)[:, begin : begin + size].clone()
+        columns = slice(begin, begin + size)
+        own = starts.view(rows, length)[:, columns].clone()
         goes_on = ~own[:, 0]
         own[:, 0] = True
         offsets = torch.cat([own.flatten().nonzero().flatten(), torch.tensor([own.numel()])])
-        tokens, targets = (part[:, begin : begin + size].contiguous() for part in (batch.tokens, batch.targets))
+        tokens, targets = (part[:, columns].contiguous() for part in (batch.tokens, batch.targets))
         part = Batch(tokens, targets, offsets.to(batch.cu_seqlens.dtype))
-        yield Segment(part, goes_on, first=begin == 0, last=begin + size == length)
+        yield Segment(part, goes_on, columns, first=begin == 0, last=columns.stop == length)
 
 
 class SegmentedForward:

@@ -6,6 +6,7 @@ python -m dla_train.bench training ...    training steps of the paper's models
 python -m dla_train.bench checkpoint ...  saving and resuming on this machine's disk
 python -m dla_train.bench data ...        reading token files, and starts on a large corpus
 python -m dla_train.bench layouts ...     what the trainer adds on four ranks of this machine's CPU
+python -m dla_train.bench decode ...      a token and its caches at contexts from 1K to 64K
 python -m dla_train.bench prepare ...     tokenising text, over processes
 python -m dla_train.bench render ...      pages and pictures from kernels.json and training.json, on any machine
 """
@@ -24,6 +25,7 @@ PROGRAMS = {
     "training": "dla_train.bench.training",
     "checkpoint": "dla_train.bench.checkpoint",
     "data": "dla_train.bench.data",
+    "decode": "dla_train.bench.decode",
     "prepare": "dla_train.bench.prepare",
     "layouts": "dla_train.bench.layouts",
     "render": "dla_train.bench.render",

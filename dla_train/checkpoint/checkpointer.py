@@ -237,7 +237,7 @@ class Checkpointer:
             "config": dataclasses.asdict(self._config),
             "ranks": self._mesh.size,
             "versions": {
-                "dla_train": _own_version(),
+                "dla_train": own_version(),
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "safetensors": safetensors.__version__,
@@ -245,7 +245,8 @@ class Checkpointer:
         }
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """Version of this program as installed."""
     try:
         return metadata.version("dla-train")
     except metadata.PackageNotFoundError:

@@ -25,11 +25,16 @@ def load_model(
     """
     checkpoint, chosen = open_step(run_dir, step)
     checkpoint.verify([TRAINER, *checkpoint.manifest.of_kind("model")])
-    config = config_from_dict(checkpoint.trainer()["config"])
+    config = stored_config(checkpoint)
     config.train.dtype = dtype or config.train.dtype
     model = build_model(config, device)
     load_weights(model, checkpoint)
     return model.eval(), config, chosen
+
+
+def stored_config(checkpoint: StoredCheckpoint) -> Config:
+    """The configuration of the run that wrote a checkpoint. Raises CheckpointError, ConfigError."""
+    return config_from_dict(checkpoint.trainer()["config"])
 
 
 @torch.no_grad()

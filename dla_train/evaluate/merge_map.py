@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dla_train.data.incremental_text import token_pieces
 from dla_train.data.tokenizer import Tokenizer, load_tokenizer
 from dla_train.evaluate.loading import load_model
 from dla_train.models.language_model import LanguageModel
@@ -71,7 +72,7 @@ def merge_map(model: LanguageModel, tokenizer: Tokenizer, text: str, *, layer: i
     tau = mixer.reader.tau
     starts = plan.slot_starts()[0, -1, head]
     return MergeMap(
-        pieces=_pieces(ids, tokenizer),
+        pieces=token_pieces(ids, tokenizer),
         score=plan.score[0, :, head].tolist(),
         boundary=plan.boundary[0, :, head].tolist(),
         slot_starts=starts[starts >= 0].tolist(),
@@ -93,16 +94,6 @@ def typical_head(model: LanguageModel, tokenizer: Tokenizer, text: str, rate: fl
     model.train(was_training)
     best = int((boundaries / decisions.clamp_min(1) - rate).abs().flatten().argmin())
     return divmod(best, model.model_config.num_heads)
-
-
-def _pieces(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text each token adds; bytes of an unfinished character show when the character is complete."""
-    pieces, before = [], ""
-    for end in range(1, len(ids) + 1):
-        now = tokenizer.decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append(now[len(before) :])
-        before = now
-    return pieces
 
 
 def plot_merge_map(found: MergeMap, output: Path, *, title: str) -> None:

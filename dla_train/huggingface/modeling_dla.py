@@ -7,7 +7,6 @@ text, so that what is read after it does not depend on it; padding anywhere else
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -44,19 +43,13 @@ class DLACache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the sequences `beam_idx` [B], in that order (beam search)."""
-        self.layers = [_taken(layer, beam_idx) for layer in self.layers]
+        self.layers = [layer.take(beam_idx.to(layer.position.device)) for layer in self.layers]
 
     def make_room(self) -> None:
         """Double softmax attention's keys and values where they are full; recurrent memories do not grow."""
         for layer in self.layers:
             if isinstance(layer, KeyValueCache) and layer.length == layer.keys.shape[1]:
                 layer.keys, layer.values = (torch.cat([x, torch.zeros_like(x)], 1) for x in (layer.keys, layer.values))
-
-
-def _taken(layer: Any, rows: Tensor) -> Any:
-    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(layer, **{name: x.index_select(0, rows.to(x.device)) for name, x in tensors.items()})
 
 
 class DLAForCausalLM(PreTrainedModel, GenerationMixin):

@@ -6,6 +6,7 @@ fused causal path runs; packed rows and carried caches take an explicit mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,30 @@ class KeyValueCache:
     def clone(self) -> KeyValueCache:
         """A detached copy that shares nothing with this cache."""
         return KeyValueCache(self.keys.clone(), self.values.clone(), self.position.clone(), self.length)
+
+    def take(self, rows: Tensor) -> KeyValueCache:
+        """A cache of the sequences `rows` [B'] int64, in that order; shares nothing with this one."""
+        keys, values, position = (t.index_select(0, rows) for t in (self.keys, self.values, self.position))
+        return KeyValueCache(keys, values, position, self.length)
+
+    @classmethod
+    def join(cls, parts: Sequence[KeyValueCache]) -> KeyValueCache:
+        """One cache of all sequences of `parts`, with as much room as the part that has most left.
+
+        Keys end together, whatever their number: those of a shorter sequence stand behind zeros that no query of it
+        sees, since a query at position p sees the p + 1 keys that end with its own.
+        """
+        length = max(part.length for part in parts)
+        room = max(part.keys.shape[1] - part.length for part in parts)
+        sequences = sum(len(part.keys) for part in parts)
+        keys = parts[0].keys.new_zeros(sequences, length + room, *parts[0].keys.shape[2:])
+        joined = cls(keys, torch.zeros_like(keys), torch.cat([part.position for part in parts]), length)
+        first = 0
+        for part in parts:
+            place = (slice(first, first + len(part.keys)), slice(length - part.length, length))
+            joined.keys[place], joined.values[place] = part.keys[:, : part.length], part.values[:, : part.length]
+            first += len(part.keys)
+        return joined
 
     def append(self, keys: Tensor, values: Tensor, documents: Documents) -> None:
         """Store keys and values [B, T, Hk, K]. Raises ValueError when they do not fit."""

@@ -18,12 +18,12 @@ from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models.block import Block, enter
 from dla_train.models.context import check_context, own_time
 from dla_train.models.linear import Embedding, Linear, RMSNorm
-from dla_train.models.loss import next_token_loss
+from dla_train.models.loss import next_token_loss, next_token_nats
 from dla_train.models.mixer import Cache, Documents, Mixer, PlanRecord
 from dla_train.models.recurrent import RecurrentMixer
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import local_model, sum_partial_gradients
-from dla_train.parallel.vocab import vocab_parallel_loss
+from dla_train.parallel.vocab import vocab_parallel_loss, vocab_parallel_nats
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,17 @@ class LanguageModel(nn.Module):
         if self.axes.tensor.size == 1:
             return next_token_loss(logits, targets, z_loss)
         return vocab_parallel_loss(logits, targets, self.axes.tensor, self.model_config.vocab_size, z_loss)
+
+    @torch.no_grad()
+    def token_nats(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Nats of every target of this context rank's tokens, [B, T'] float32, 0 where there is none; no gradient.
+
+        Takes what `token_loss` takes; the same on every tensor rank.
+        """
+        targets = own_time(targets, self.axes)
+        if self.axes.tensor.size == 1:
+            return next_token_nats(logits, targets)
+        return vocab_parallel_nats(logits, targets, self.axes.tensor, self.model_config.vocab_size)
 
     def mark_parameters(self) -> None:
         """Have partial gradients summed over the tensor axis, for the parameters the model has now."""

@@ -27,3 +27,10 @@ def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tup
     if z_loss:
         partition = z_loss * (wide.logsumexp(-1).square() * counted).sum()
     return nats, partition, counted.sum().to(wide.dtype)
+
+
+def next_token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats of every target, float32 like targets: logits [..., vocab], targets [...] int64; 0 where one is IGNORED."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return nats.view(targets.shape)

@@ -7,6 +7,7 @@ is one file plus one line in `BACKBONES` there; a new policy is a name that `dla
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,15 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
+        ...
+
+    def take(self, rows: Tensor) -> Cache:
+        """A cache of the sequences `rows` [B'] int64, in that order."""
+        ...
+
+    @classmethod
+    def join(cls, parts: Sequence[Any]) -> Cache:
+        """One cache of all sequences of `parts`, which are caches of this kind and of one layer."""
         ...
 
 

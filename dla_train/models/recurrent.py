@@ -217,3 +217,8 @@ class RecurrentMixer(nn.Module):
         decisions = decides.sum().expand(len(own))
         counted = [(plan.boundary & decides).sum((0, 1)), decisions, (plan.live_slots() * decides).sum((0, 1))]
         own += torch.stack([c.to(own) for c in counted], dim=-1)
+
+
+def has_soft_gate(memory: MemoryConfig) -> bool:
+    """Whether training reads boundaries otherwise than inference; a straight-through gate differs backward alone."""
+    return memory.policy == "dla" and memory.gate == "soft" and memory.capacity > 1

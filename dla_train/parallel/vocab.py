@@ -15,7 +15,7 @@ logits in their own dtype and two numbers a token, where autograd would keep a f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,55 @@ def vocab_parallel_loss(
     return nats, partition, count
 
 
+@torch.no_grad()
+def vocab_parallel_nats(local_logits: Tensor, targets: Tensor, axis: Axis, vocab_size: int) -> Tensor:
+    """Nats of every target, float32 like targets, 0 where one is IGNORED, equal on every rank; no gradient.
+
+    Takes and raises what `vocab_parallel_loss` does.
+    """
+    return _target_nats(local_logits.flatten(0, -2), targets.flatten(), axis, vocab_size).nats.view(targets.shape)
+
+
+class _Scored(NamedTuple):
+    """What the ranks find out together about N targets."""
+
+    nats: Tensor
+    """[N], 0 where a target is IGNORED."""
+    log_partition: Tensor
+    """[N]."""
+    counted: Tensor
+    """[N] bool: whether there is a target."""
+    column: Tensor
+    """[N] the target's column of this rank's logits, 0 where it is another rank's."""
+    here: Tensor
+    """[N] bool: whether it lies in this rank's logits."""
+    real: int
+    """Columns of this rank that are no padding."""
+
+
+def _target_nats(logits: Tensor, targets: Tensor, axis: Axis, vocab_size: int) -> _Scored:
+    """Of logits [N, rows] and targets [N]; two all-reduces of N and 2 N numbers."""
+    rows = logits.shape[-1]
+    first, real = real_rows(rows, axis, vocab_size)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    counted = targets != IGNORED
+    column, here = _local_rows(torch.where(counted, targets, 0), first, rows, vocab_size)
+    here = here & counted
+    largest = logits.new_full(targets.shape, -torch.inf, dtype=wide)
+    if real:  # the last ranks of a small vocabulary hold padding only
+        largest = logits[:, :real].amax(-1).to(wide)
+    if axis.size > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=axis.process_group())
+    # bfloat16 minus float32 is float32, without a float32 copy of the logits
+    scale = (logits[:, :real] - largest.unsqueeze(-1)).exp_().sum(-1)
+    score = torch.where(here, logits.gather(-1, column.unsqueeze(-1)).squeeze(-1) - largest, 0)
+    sums = torch.stack([scale, score])
+    if axis.size > 1:
+        dist.all_reduce(sums, group=axis.process_group())
+    log_scale = sums[0].log()
+    return _Scored(torch.where(counted, log_scale - sums[1], 0), log_scale + largest, counted, column, here, real)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """The three sums of logits [N, rows] and targets [N]; two all-reduces of N and 2 N numbers, none backward."""
 
@@ -104,32 +153,14 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, axis: Axis, vocab_size: int, z_loss: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = logits.shape[-1]
-        first, real = real_rows(rows, axis, vocab_size)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        counted = targets != IGNORED
-        column, here = _local_rows(torch.where(counted, targets, 0), first, rows, vocab_size)
-        here = here & counted
-        largest = logits.new_full(targets.shape, -torch.inf, dtype=wide)
-        if real:  # the last ranks of a small vocabulary hold padding only
-            largest = logits[:, :real].amax(-1).to(wide)
-        if axis.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=axis.process_group())
-        # bfloat16 minus float32 is float32, without a float32 copy of the logits
-        scale = (logits[:, :real] - largest.unsqueeze(-1)).exp_().sum(-1)
-        score = torch.where(here, logits.gather(-1, column.unsqueeze(-1)).squeeze(-1) - largest, 0)
-        sums = torch.stack([scale, score])
-        if axis.size > 1:
-            dist.all_reduce(sums, group=axis.process_group())
-        log_scale = sums[0].log()
-        log_partition = log_scale + largest
-        nats = torch.where(counted, log_scale - sums[1], 0).sum()
+        found = _target_nats(logits, targets, axis, vocab_size)
+        nats, log_partition, counted = found.nats.sum(), found.log_partition, found.counted
         partition = torch.zeros_like(nats)
         if z_loss:
             partition = z_loss * torch.where(counted, log_partition, 0).square().sum()
-        count = counted.sum().to(wide)
-        ctx.save_for_backward(logits, column, here, counted, log_partition)
-        ctx.real, ctx.z_loss = real, z_loss
+        count = counted.sum().to(nats.dtype)
+        ctx.save_for_backward(logits, found.column, found.here, counted, log_partition)
+        ctx.real, ctx.z_loss = found.real, z_loss
         ctx.mark_non_differentiable(count)
         return nats, partition, count
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, pipeline
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
-from dla_train.generate import generate
+from dla_train.generate import Sampling, generate
 from dla_train.huggingface.bundle import bundle
 from dla_train.models.loss import next_token_loss
 from tests.huggingface.conftest import opened
@@ -38,7 +38,8 @@ def test_logits_generation_and_left_padding_equal_the_native_model(content, fold
     assert torch.equal(model(tokens).logits, native(tokens).logits)
 
     prompts = [tokens[0, :9].tolist(), tokens[1, :17].tolist()]
-    expected = [generate(native, prompt, 12, temperature=0).tokens for prompt in prompts]
+    made_alone = generate(native, prompts, 12, Sampling(temperature=0), batch_rows=1).continuations
+    expected = [continuation.tokens for continuation in made_alone]
     padded = torch.tensor([[0] * (17 - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (17 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None}

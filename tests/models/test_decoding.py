@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dla_train.generate import generate, main, prefill, sample
+from dla_train.generate import prefill
 
 RECURRENT = [(b, p) for b in ("mamba2", "gated_deltanet") for p in ("single", "log_linear", "fixed", "dla")]
 CASES = [
@@ -80,101 +80,3 @@ def test_no_cache_and_an_empty_cache_are_the_same(tiny, build, backbone, policy)
         for name, value in vars(a).items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(value, getattr(b, name), msg=name)
-
-
-def test_generation_is_a_function_of_its_seed_and_greedy_is_the_argmax(tiny, build):
-    lm = build(*tiny("gated_deltanet", "dla")).train()
-    prompt = tokens_of(9).tolist()
-    first, again, other = (generate(lm, prompt, 12, seed=s).tokens for s in (0, 0, 1))
-    assert first == again != other and len(first) == 12
-    assert lm.training
-    greedy = generate(lm, prompt, 5, temperature=0).tokens
-    with torch.no_grad():
-        full = lm.eval()(torch.tensor([prompt + greedy])).logits[0].argmax(-1)
-    assert greedy == full[len(prompt) - 1 : -1].tolist()
-    assert greedy == generate(lm, prompt, 5, temperature=1.0, top_k=1).tokens
-    assert greedy == generate(lm, prompt, 5, temperature=1.0, top_p=1e-6).tokens
-
-
-def test_generation_stops_at_the_stop_token(tiny, build):
-    lm = build(*tiny("mamba2", "dla"))
-    free = generate(lm, [1, 2], 20, seed=3).tokens
-    stop = free[4]
-    assert generate(lm, [1, 2], 20, seed=3, stop_id=stop).tokens == free[: free.index(stop) + 1]
-
-
-def test_cache_bytes_of_a_recurrent_model_do_not_depend_on_the_prompt(tiny, build):
-    lm = build(*tiny("mamba2", "dla"))
-    assert generate(lm, [1], 2).cache_bytes == generate(lm, [1] * 50, 2).cache_bytes
-
-
-def test_top_k_and_top_p_restrict_what_is_drawn():
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
-    generator = torch.Generator().manual_seed(0)
-    assert sample(logits, top_k=2, generator=generator).unique().tolist() == [0, 1]
-    assert sample(logits, top_p=0.6, generator=generator).unique().tolist() == [0, 1]
-    share = (sample(logits, generator=generator) == 0).float().mean().item()
-    assert share == pytest.approx(0.5, abs=0.04)
-
-
-@pytest.mark.parametrize("prompt", [[], [17], [-1]])
-def test_a_prompt_outside_the_vocabulary_or_empty_is_refused(tiny, build, prompt):
-    with pytest.raises(ValueError, match="vocabulary|empty"):
-        generate(build(*tiny("mamba2", "single")), prompt, 3)
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}])
-def test_illegal_sampling_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        sample(torch.zeros(1, 4), **wrong)
-
-
-def test_the_console_command_names_a_missing_run(tmp_path):
-    with pytest.raises(SystemExit, match="dla-generate: "):
-        main(["--run", str(tmp_path / "nowhere"), "--prompt", "x"])
-
-
-class LetterTokenizer:
-    """Letters a to p as tokens 0 to 15, and token 16 as BOS."""
-
-    bos_id, eos_id = 16, None
-
-    def encode(self, text):
-        return [ord(letter) - ord("a") for letter in text]
-
-    def decode(self, ids):
-        return "".join("^" if i == 16 else chr(ord("a") + i) for i in ids)
-
-
-@pytest.mark.parametrize(
-    ("option", "manifest_bos", "begins"),
-    [
-        ([], None, "abc"),
-        ([], False, "abc"),
-        ([], True, "^abc"),
-        (["--bos"], None, "^abc"),
-        (["--no-bos"], True, "abc"),
-    ],
-)
-def test_the_console_command_begins_as_training_did_and_reports_the_cache(
-    tiny, build, monkeypatch, tmp_path, capsys, option, manifest_bos, begins
-):
-    from types import SimpleNamespace
-
-    from dla_train import generate as command
-    from dla_train.data.manifest import Manifest
-
-    lm = build(*tiny("gated_deltanet", "dla"), dtype=torch.float32)
-    prefix = tmp_path / "corpus"
-    if manifest_bos is not None:
-        Manifest("letters", "0" * 64, 17, manifest_bos, False, 1, 3, 3).write(tmp_path / "corpus.json")
-    data = SimpleNamespace(tokenizer="letters", train=[str(prefix)], phases=[])
-    config = SimpleNamespace(data=data, model=lm.model_config, memory=lm.memory_config)
-    monkeypatch.setattr(command, "load_model", lambda run: (lm, config, 7))
-    monkeypatch.setattr(command, "load_tokenizer", lambda path: LetterTokenizer())
-    main(["--run", str(tmp_path), "--prompt", "abc", "--max-new-tokens", "4", *option])
-    captured = capsys.readouterr()
-    text = captured.out.strip()
-    assert text.startswith(begins) and len(text) == len(begins) + 4
-    held = sum(cache.nbytes for cache in lm.empty_caches(1, 1))
-    assert f"caches {held:,} bytes" in captured.err and "step 7" in captured.err

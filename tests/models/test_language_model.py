@@ -168,9 +168,7 @@ def test_statistics_count_what_the_plans_hold(tiny, build):
         # three documents, whose starts are no decision and open one slot each
         assert layer[:, 0].tolist() == (plan.boundary.sum((0, 1)) - 3).tolist()
         assert layer[:, 1].tolist() == [45] * 4
-        assert (
-            layer[:, 2].tolist() == ((plan.slot_starts() >= 0).sum((0, 1, 3)) - 3).tolist()
-        )  # which open one slot each
+        assert layer[:, 2].tolist() == ((plan.slot_starts() >= 0).sum((0, 1, 3)) - 3).tolist()
     lm(tokens_of(1, 8))
     assert lm.memory_plans == []
     assert lm.memory_statistics()[:, :, 1].unique().tolist() == [52]

@@ -114,6 +114,20 @@ def test_validation_does_not_disturb_the_run(tiny: MakeConfig, tmp_path: Path) -
     assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "often", *names)
 
 
+def test_validations_change_no_bit_of_the_weights_also_where_the_run_is_resumed(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    plain = tiny("memory=dla_rate", "memory.capacity_rule=random")
+    train(plain)
+    often = ["train.validation_batches=2", "train.validation_interval_steps=1", f"run_dir={tmp_path}/often"]
+    for stop in (3, 8):
+        train(tiny("memory=dla_rate", "memory.capacity_rule=random", *often, f"train.stop_at_step={stop}"))
+    assert len(numbers_of(tmp_path / "often", "validation_gate_gap")) == 8
+    without, validated = tensors_of(plain.run_dir, 8), tensors_of(tmp_path / "often", 8)
+    assert without.keys() == validated.keys()
+    assert [name for name in without if not torch.equal(without[name], validated[name])] == []
+
+
 def test_the_gate_temperature_follows_its_schedule(tiny: MakeConfig, tmp_path: Path) -> None:
     constant = losses(tiny())
     falling = losses(tiny("memory.gate_temperature_final=0.01", f"run_dir={tmp_path}/falling"))

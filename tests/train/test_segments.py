@@ -16,10 +16,11 @@ IN_SEGMENTS = ("train.segment_tokens=8", "train.validation_batches=2", "train.va
 
 def test_the_first_loss_and_held_out_losses_are_those_of_whole_rows(tiny: MakeConfig, tmp_path: Path) -> None:
     """With a learning rate of 0: gradients differ, the numbers of a forward pass do not."""
-    whole = ("optim.lr=1e-30", "train.validation_batches=2", "train.validation_interval_steps=4")
+    bands = "train.validation_band_edges_tokens=[8,16]"
+    whole = ("optim.lr=1e-30", "train.validation_batches=2", "train.validation_interval_steps=4", bands)
     train(tiny(*whole, f"run_dir={tmp_path}/whole"))
     train(tiny(*whole, "train.segment_tokens=8"))
-    for name in ("loss", "validation_loss"):
+    for name in ("loss", "validation_loss", "validation_soft_loss", "validation_loss_8_16", "validation_loss_16_32"):
         expected, found = numbers_of(tmp_path / "whole", name), numbers_of(tmp_path / "run", name)
         assert found and [step for step, _ in found] == [step for step, _ in expected]
         assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-6)

@@ -23,9 +23,8 @@ def counted(telemetry: MemoryTelemetry, model: torch.nn.Module) -> dict[str, flo
 def test_numbers_are_means_over_layers_heads_and_decisions(tiny: Callable[..., Config]) -> None:
     model = build_model(tiny("memory=fixed", "memory.interval_tokens=4"), "cpu")
     numbers = counted(MemoryTelemetry(model, ONE_RANK), model)
-    assert numbers["boundary_rate"] == pytest.approx(
-        3 / 15
-    )  # tokens 4, 8 and 12 of each row of 16, whose first decides nothing
+    # rows of 16 tokens, whose first decides nothing: boundaries at tokens 4, 8 and 12
+    assert numbers["boundary_rate"] == pytest.approx(3 / 15)
     assert numbers["live_slots"] == pytest.approx((1 * 3 + 2 * 4 + 3 * 4 + 4 * 4) / 15)
     assert "tau" not in numbers
 

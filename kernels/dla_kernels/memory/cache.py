@@ -8,6 +8,7 @@ ties between merge candidates resolve alike in every implementation and order of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,16 @@ class MergeCache:
             mask = rows.view(-1, *[1] * (tensor.dim() - 1))
             kept[name] = torch.where(mask, tensor.detach(), torch.full_like(tensor, 1 if name == "gates" else 0))
         return dataclasses.replace(self, **kept)
+
+    def take(self, rows: Tensor) -> MergeCache:
+        """A cache of the sequences `rows` [B'] int64, in that order; shares nothing with this one."""
+        return dataclasses.replace(self, **{name: t.index_select(0, rows) for name, t in self._tensors().items()})
+
+    @classmethod
+    def join(cls, parts: Sequence[MergeCache]) -> MergeCache:
+        """One cache of all sequences of `parts`, which are of one shape but for the number of sequences."""
+        tensors = [part._tensors() for part in parts]
+        return dataclasses.replace(parts[0], **{name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
 
     def reset(self) -> None:
         """Empty every sequence in place: a new document starts."""

@@ -1,0 +1,78 @@
+"""The program `dla-diagnose`: compare checkpoints by position and by length of text.
+
+  dla-diagnose runs=[runs/single,runs/dla]                            # the first run's validation files
+  dla-diagnose runs=[runs/single,runs/dla] data=[data/books] context_tokens=32768 documents=256 output=diagnostics/books
+  dla-diagnose runs=[runs/dla@1000,runs/dla] names=[early,late]       # two checkpoints of one run
+
+Writes diagnostics.json, .npz and .md, loss_by_position.png and perplexity_by_length.png into `output`. Exit code 0, or
+2 after a mistake that is explained. Settings:
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dla_train.checkpoint import CheckpointError
+from dla_train.config import ConfigError
+from dla_train.data.errors import DataError
+from dla_train.diagnose.arms import losses_of, open_arms, open_documents
+from dla_train.diagnose.comparison import compare, default_lengths
+from dla_train.diagnose.report import write_report
+from dla_train.diagnose.settings import DiagnoseConfig, read_settings
+from dla_train.evaluate.bands import Bands
+
+MISTAKE = 2
+"""Exit code after a mistake."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dla-diagnose`; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or {"-h", "--help"} & set(words):
+        print(f"{__doc__}{_settings_help()}")
+        return 0 if words else MISTAKE
+    try:
+        print(diagnose(read_settings(words)))
+    except (ConfigError, CheckpointError, DataError, OSError) as error:
+        print(f"dla-diagnose: error: {error}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+def diagnose(settings: DiagnoseConfig) -> str:
+    """Compare and write the report; returns its tables. Raises typed errors before anything is computed."""
+    arms = open_arms(settings)
+    files, documents = open_documents(settings, arms)
+    lengths = settings.lengths or default_lengths(documents.positions)
+    wrong = [length for length in lengths if not 1 <= length <= documents.positions]
+    if wrong:
+        raise ConfigError(f"lengths={wrong} lie outside 1 to context_tokens={documents.positions}; leave them out")
+    try:
+        Bands.of(documents.positions, settings.band_edges)
+    except ValueError as error:
+        raise ConfigError(f"band_edges: {error}; sort them inside context_tokens") from error
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    losses = {arm.name: losses_of(arm, documents, settings) for arm in arms}
+    found = compare(
+        losses,
+        band_edges=settings.band_edges,
+        lengths=sorted(lengths),
+        bins_per_doubling=settings.bins_per_doubling,
+        confidence=settings.confidence,
+    )
+    return write_report(settings, arms, files, documents, losses, found)
+
+
+def _settings_help() -> str:
+    lines = []
+    for item in dataclasses.fields(DiagnoseConfig):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        lines.append(f"  {item.name}={default}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

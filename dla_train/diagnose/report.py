@@ -1,0 +1,153 @@
+"""What a comparison leaves in its folder: diagnostics.json, diagnostics.npz, diagnostics.md and two pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dla_train.checkpoint.checkpointer import own_version
+from dla_train.checkpoint.folders import write_atomically
+from dla_train.data.indexed import TokenFiles
+from dla_train.diagnose.arms import Arm
+from dla_train.diagnose.comparison import Comparison, Quantity, as_plain
+from dla_train.diagnose.figures import plot_loss_by_position, plot_perplexity_by_length
+from dla_train.diagnose.scoring import Documents
+from dla_train.diagnose.settings import DiagnoseConfig
+from dla_train.diagnose.statistics import Losses, Means, position_sums
+from dla_train.models.cost import parameter_count
+
+NAME = "diagnostics"
+CURVE, PERPLEXITY = "loss_by_position.png", "perplexity_by_length.png"
+
+
+def write_report(
+    settings: DiagnoseConfig,
+    arms: Sequence[Arm],
+    files: TokenFiles,
+    documents: Documents,
+    losses: Mapping[str, Losses],
+    found: Comparison,
+) -> str:
+    """Write everything into settings.output; returns the tables."""
+    folder = Path(settings.output)
+    facts = _facts(settings, arms, files, documents)
+    numbers = {name: as_plain(getattr(found, name)) for name in ("bands", "lengths", "curve")}
+    in_context = as_plain(found.in_context)[0] if found.in_context is not None else None
+    whole = facts | numbers | {"in_context": _in_context(found, in_context)}
+    _write_arrays(folder / f"{NAME}.npz", documents, losses)
+    text = tables(found, facts)
+    trained = [arm.trained_tokens for arm in arms]
+    interval = f"{settings.confidence:.0%} intervals over {len(documents.numbers)} documents, paired below"
+    plot_loss_by_position(found, trained, f"Loss by position; {interval}", folder / CURVE)
+    plot_perplexity_by_length(found, trained, f"Perplexity by length; {interval}", folder / PERPLEXITY)
+    write_atomically(folder / f"{NAME}.md", f"{text}\n![Loss by position]({CURVE})\n\n![Perplexity]({PERPLEXITY})\n")
+    write_atomically(folder / f"{NAME}.json", json.dumps(whole, indent=1) + "\n")
+    return text
+
+
+def _facts(settings: DiagnoseConfig, arms: Sequence[Arm], files: TokenFiles, documents: Documents) -> dict[str, Any]:
+    described = [
+        {
+            "name": arm.name,
+            "run": str(arm.run),
+            "step": arm.step,
+            "checkpoint_sha256": arm.checkpoint_sha256,
+            "model": arm.config.model.name,
+            "memory": dataclasses.asdict(arm.config.memory),
+            "parameters": parameter_count(arm.config.model, arm.config.memory),
+            "trained_context_tokens": arm.trained_tokens,
+            "seed": arm.config.seed,
+        }
+        for arm in arms
+    ]
+    return {
+        "settings": dataclasses.asdict(settings),
+        "arms": described,
+        "text": {
+            "prefixes": files.prefixes,
+            "fingerprint": files.fingerprint,
+            "documents": len(documents.numbers),
+            "positions": documents.positions,
+            "targets": int((documents.lengths - 1).sum()),
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "dla-train": own_version()},
+    }
+
+
+def _in_context(found: Comparison, numbers: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The score says which positions it compares."""
+    if found.in_context is None or numbers is None:
+        return None
+    early, late = found.in_context.ranges
+    return {"early": early, "late": late, "arms": numbers["arms"], "differences": numbers["differences"]}
+
+
+def _write_arrays(path: Path, documents: Documents, losses: Mapping[str, Losses]) -> None:
+    """Raw numbers: of every token float32, by position sums and sums of squares in float64."""
+    names = list(losses)
+    nats = np.stack([losses[name] for name in names])
+    wide = nats.astype(np.float64)
+    sums = [position_sums(of_arm) for of_arm in wide]
+    paired = [position_sums(other - wide[0]) for other in wide[1:]]
+    partial = path.with_name(path.name + ".partial.npz")
+    np.savez_compressed(
+        partial,
+        names=np.array(names),
+        nats=nats,
+        document=documents.numbers,
+        count=np.stack([s.count for s in sums]),
+        total=np.stack([s.total for s in sums]),
+        squares=np.stack([s.squares for s in sums]),
+        difference_total=np.stack([s.total for s in paired]),
+        difference_squares=np.stack([s.squares for s in paired]),
+    )
+    partial.replace(path)
+
+
+def tables(found: Comparison, facts: dict[str, Any]) -> str:
+    """The headline numbers as Markdown."""
+    text, arms, reference, perplexity = facts["text"], facts["arms"], found.reference, found.lengths.perplexity
+    runs = "; ".join(f"{arm['name']}: {arm['model']} x {arm['memory']['policy']}, step {arm['step']}" for arm in arms)
+    lines = [
+        "# Diagnostics",
+        "",
+        f"{runs}. {text['documents']} documents, {text['positions']:,} positions, {text['targets']:,} targets.",
+        "",
+        *_table(
+            "nats per token at positions", found.bands, [f"{a} to {b - 1}" for a, b in found.bands.ranges], reference
+        ),
+        "",
+        *_table(
+            "perplexity of the first tokens", perplexity, [f"{b}" for _, b in perplexity.ranges], f"{reference}, %"
+        ),
+        "",
+    ]
+    if found.in_context is not None:
+        (a, b), (c, d) = found.in_context.ranges
+        score = f"loss at {a} to {b - 1}, less at {c} to {d - 1}"
+        lines += [*_table("in-context-learning score", found.in_context, [score], reference), ""]
+    return "\n".join(lines)
+
+
+def _table(title: str, found: Quantity, names: Sequence[str], reference: str) -> list[str]:
+    """A row for each name; `reference` is what the columns of differences say they are against."""
+    columns = [*found.arms, *(f"{arm} - {reference}" for arm in found.differences)]
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for place, name in enumerate(names):
+        cells = [_cell(line, place, "") for line in found.arms.values()]
+        cells += [_cell(line, place, "+") for line in found.differences.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(line: Means, place: int, sign: str) -> str:
+    """`mean [low, high]`, and `-` where there is no document."""
+    mean, low, high = (f"{values[place]:{sign}.3f}" for values in (line.mean, line.low, line.high))
+    return f"{mean} [{low}, {high}]" if line.documents[place] else "-"

@@ -1,0 +1,98 @@
+"""Settings of `dla-diagnose`, given as `key=value` words in Hydra's grammar."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dla_train.config import CHOICES, ConfigError
+
+
+@dataclass
+class DiagnoseConfig:
+    """What is compared, on which text, how far."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run folders, FOLDER or FOLDER@STEP (default: the newest checkpoint); differences are against the first."""
+    names: list[str] = field(default_factory=list)
+    """Labels of the runs; empty takes the runs' own names."""
+    data: list[str] = field(default_factory=list)
+    """Prefixes of token files to read; empty takes data.validation of the first run."""
+    output: str = "diagnostics"
+    """Folder of diagnostics.json, .npz, .md and the pictures."""
+    documents: int = 256
+    """Documents read, spread evenly over those long enough."""
+    context_tokens: int = 0
+    """Positions of a document that are scored; beyond the trained length is legal. 0 takes data.context_tokens of the
+    first run."""
+    minimum_tokens: int = 0
+    """Shortest document that is read; 0 takes those that have every position. Fewer tokens make later positions the
+    mean of fewer documents."""
+    band_edges: list[int] = field(default_factory=list)
+    """Positions at which the bands of the table meet; empty is 1/16, 1/4 and 1/2 of context_tokens."""
+    lengths: list[int] = field(default_factory=list)
+    """Lengths of text that get a perplexity; empty is the powers of two from 64 and context_tokens."""
+    bins_per_doubling: int = 4
+    """Points of the curves each time the position doubles."""
+    confidence: float = 0.95
+    """Level of the intervals."""
+    batch_rows: int = 4
+    """Documents that go through a model at once."""
+    chunk_tokens: int = 2048
+    """Tokens of a document that go through a model at once; bounds the memory of activations and logits."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    dtype: str = ""
+    """`float32` or `bfloat16`; empty computes each run in its train.dtype."""
+
+
+_COUNTS = {"documents": 2, "context_tokens": 0, "minimum_tokens": 0, "bins_per_doubling": 1, "batch_rows": 1}
+_COUNTS["chunk_tokens"] = 1
+
+
+def read_settings(words: Sequence[str]) -> DiagnoseConfig:
+    """The settings of a command line, each checked. Raises ConfigError."""
+    known = [item.name for item in fields(DiagnoseConfig)]
+    values = {}
+    for word in words:
+        try:
+            parsed = OverridesParser.create().parse_override(word)
+            value = parsed.value()
+        except HydraException as error:
+            raise ConfigError(f"{word}: {str(error).splitlines()[0]}; write key=value") from error
+        key = str(parsed.key_or_group)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+            raise ConfigError(f"{key} is not a setting of dla-diagnose; {advice}")
+        values[key] = value
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DiagnoseConfig), values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key or error.key}: {reason}; give a value of its type") from error
+    assert isinstance(settings, DiagnoseConfig)
+    _check(settings)
+    return settings
+
+
+def _check(settings: DiagnoseConfig) -> None:
+    given = settings.runs
+    if len(given) < 2:
+        raise ConfigError(f"runs={given} names {len(given)} runs, a comparison needs two; write runs=[FOLDER,FOLDER]")
+    if settings.names and (len(settings.names) != len(given) or len(set(settings.names)) < len(given)):
+        raise ConfigError(f"names={settings.names} must be {len(given)} different names, one for each of runs")
+    for key, least in _COUNTS.items():
+        if getattr(settings, key) < least:
+            raise ConfigError(f"{key}={getattr(settings, key)} must be at least {least}")
+    if not 0.5 <= settings.confidence < 1:
+        raise ConfigError(f"confidence={settings.confidence} must be at least 0.5 and below 1")
+    for key, choices in (("device", CHOICES["train.device"]), ("dtype", ("", *CHOICES["train.dtype"]))):
+        if getattr(settings, key) not in choices:
+            raise ConfigError(f"{key}={getattr(settings, key)} is not one of {', '.join(filter(None, choices))}")
