@@ -19,6 +19,7 @@ if [[ ${NODES:-1} -gt 1 ]]; then
 else
     rendezvous=(--standalone)
 fi
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-300}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-300} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export DLA_STARTED="torchrun=$(date +%s.%N)"
 exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dla_train.train "$@"

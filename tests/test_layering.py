@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
     {"dla_kernels", "config"},
     {"data_config"},
-    {"config_rules", "initial_model"},
+    {"config_rules", "initial_model", "start_clock"},
     {"hydra_app"},
     {"parallel"},
     {"models", "data"},

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from dla_train.config_rules import validate
 from dla_train.hydra_app import MISTAKE, compose
 from dla_train.launch.record import launch_folder, write_record
 from dla_train.launch.settings import LauncherConfig, load_launcher, split
-from dla_train.launch.slurm import script
+from dla_train.launch.slurm import job_script
+from dla_train.start_clock import process_began, starting
 
 USAGE = """usage: dla-launch [--dry-run] [launcher=torchrun|slurm|FILE.yaml] [launcher.key=value ...] [run's settings]
 
@@ -72,18 +74,23 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
         *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={launcher.restarts}"),
         *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "dla_train.train", *run),
     ]
-    text = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={launcher.save_seconds} {shlex.join(command)}\n"
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # torchrun would say at length that it sets this
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), "OMP_NUM_THREADS": threads}
+    text = f"{' '.join(f'{key}={value}' for key, value in environment.items())} {shlex.join(command)}\n"
     if dry:
         print(text, end="")
         return 0
-    write_record(folder, config, launcher, "#!/usr/bin/env bash\nexec env " + text, "run.sh")
-    sys.stdout.flush()
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launcher.save_seconds)
-    os.execv(command[0], command)
+    # paths of the command line may be relative
+    script = f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())} || exit 1\nexec env {text}"
+    path = write_record(folder, config, launcher, script, "run.sh")
+    print(f"{launcher.ranks_per_node} rank(s) are started by {path}", flush=True)
+    now = time.time()
+    environment |= starting(("dla-launch", process_began() or now), ("torchrun", now))
+    os.execve(command[0], command, os.environ | environment)
 
 
 def _submit(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
-    text = script(launcher, config, run, sys.executable, folder)
+    text = job_script(launcher, config, run, sys.executable, folder)
     if dry:
         print(text, end="")
         return 0

@@ -20,6 +20,7 @@ set -uo pipefail
 {setup}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={save_seconds}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
+export DLA_STARTED="srun and torchrun=$(date +%s.%N)"
 status={status}
 echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
 rm -f "$status"
@@ -45,20 +46,22 @@ trap - USR1 TERM
 echo "$(date +%FT%T) torchrun ended with $code"
 
 # a signal that comes with the last step ends torchrun with an error, though the run is finished
-grep -q '"state": "finished"' "$status" 2> /dev/null && exit 0
-if grep -q '"state": "stopped"' "$status" 2> /dev/null; then
+state=$(grep -o '"state": "[a-z]*"' "$status" 2> /dev/null | cut -d '"' -f 4)
+[ "$state" = finished ] && exit 0
+# one that comes before the first step finds nothing to save
+if [ "$state" = stopped ] || {{ [ -n "$asked" ] && [ "$state" != diverged ]; }}; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
-        echo "$(date +%FT%T) saved; queued again"
+        echo "$(date +%FT%T) ${{state:-not begun}}; queued again"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60
     fi
-    echo "saved, but launcher.requeues={requeues} is used up; submit again to go on" >&2
+    echo "launcher.requeues={requeues} is used up; submit again to go on" >&2
     exit 75
 fi
 exit "$code"
 """
 
 
-def script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
+def job_script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
     """The batch script that runs `dla-train` with the settings `run`; logs go to `folder`."""
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, config, folder)),
