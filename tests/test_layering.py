@@ -21,7 +21,9 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"run_log"},
     {"loop"},
     {"train", "generate", "runs"},
-    {"sweep", "quickstart", "bench", "plan_run", "inspect_data", "launch"},
+    {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
+    {"doctor"},
+    {"launch"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it

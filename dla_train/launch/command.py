@@ -17,9 +17,12 @@ from pathlib import Path
 
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
+from dla_train.doctor.command import preflight
+from dla_train.doctor.command import split as split_doctor
+from dla_train.doctor.findings import OK, failed
 from dla_train.hydra_app import MISTAKE, compose
 from dla_train.launch.record import launch_folder, write_record
-from dla_train.launch.settings import LauncherConfig, load_launcher, split
+from dla_train.launch.settings import PROGRAMS, LauncherConfig, load_launcher, split
 from dla_train.launch.slurm import job_script
 from dla_train.start_clock import process_began, starting
 
@@ -52,14 +55,28 @@ def launch(arguments: Sequence[str], *, dry: bool) -> int:
     """Start the run, or print what would be started."""
     own, run = split(arguments)
     launcher = load_launcher(own)
-    config = compose(list(run))
+    doctor = launcher.program == "doctor"
+    config = compose(split_doctor(run)[1] if doctor else list(run))
     if launcher.kind == "torchrun" and not launcher.ranks_per_node:
         launcher.ranks_per_node = _devices()
     validate(config, world_size=launcher.nodes * launcher.ranks_per_node)
     folder = launch_folder(config)
+    if launcher.preflight and not doctor and not dry:
+        _check_first(launcher, config)
     if launcher.kind == "slurm":
         return _submit(launcher, config, run, folder, dry=dry)
     return _run_here(launcher, config, run, folder, dry=dry)
+
+
+def _check_first(launcher: LauncherConfig, config: Config) -> None:
+    """Refuse what would fail for a reason that can be seen from here."""
+    found = preflight(config, launcher.nodes * launcher.ranks_per_node)
+    wrong = [finding.line() for finding in found if finding.state != OK]
+    if failed(found):
+        told = "\n".join(wrong)
+        raise LaunchError(f"nothing is started:\n{told}\n(launcher.preflight=false leaves these checks to the run)")
+    for line in wrong:
+        print(line, file=sys.stderr)
 
 
 def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
@@ -69,10 +86,11 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
             f"launcher.ranks_per_node={launcher.ranks_per_node} is more than the {devices} GPU(s) of this machine; "
             f"set it to {devices} or less"
         )
+    restarts = launcher.restarts if launcher.program == "train" else 0
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={launcher.restarts}"),
-        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "dla_train.train", *run),
+        *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={restarts}"),
+        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", PROGRAMS[launcher.program], *run),
     ]
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # torchrun would say at length that it sets this
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), "OMP_NUM_THREADS": threads}

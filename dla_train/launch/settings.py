@@ -19,6 +19,8 @@ from dla_train.config import ConfigError
 from dla_train.hydra_app import config_directory
 
 KINDS = ("torchrun", "slurm")
+PROGRAMS = {"train": "dla_train.train", "doctor": "dla_train.doctor.command"}
+"""Module of each `launcher.program`."""
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+")
 """sbatch's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
@@ -29,6 +31,11 @@ class LauncherConfig:
 
     kind: str = MISSING
     """`torchrun` on this machine, or `slurm`."""
+    program: str = "train"
+    """What runs on every rank: `train`, or `doctor`, which checks machines, files and the network instead."""
+    preflight: bool = True
+    """Look at settings, tokenizer, token files, run_dir and its disk from here first, and start nothing that would
+    fail (dla-doctor's checks that need no ranks); false where this machine does not see the run's files."""
     nodes: int = 1
     """Machines."""
     ranks_per_node: int = 0
@@ -116,6 +123,8 @@ def _check(config: LauncherConfig) -> None:
 
     if config.kind not in KINDS:
         reject("kind", "is not a kind of launcher", f"choose {' or '.join(KINDS)}")
+    if config.program not in PROGRAMS:
+        reject("program", "is not a program that can be launched", f"choose {' or '.join(PROGRAMS)}")
     for key in ("nodes", "cpus_per_rank", "save_seconds"):
         if getattr(config, key) < 1:
             reject(key, "is below 1", "use 1 or more")

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dla_train.config import Config
-from dla_train.launch.settings import LauncherConfig
+from dla_train.launch.settings import PROGRAMS, LauncherConfig
+from dla_train.resilience.exit_codes import STATUS_FILE
 
 SCRIPT = """#!/usr/bin/env bash
 {directives}
@@ -30,7 +31,7 @@ srun --kill-on-bad-exit=1{container} {python} -m torch.distributed.run \\
     --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} --max-restarts={restarts} \\
     --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
-    -m dla_train.train {run} &
+    -m {module} {run} &
 child=$!
 asked=
 pass_on() {{
@@ -62,20 +63,26 @@ exit "$code"
 
 
 def job_script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
-    """The batch script that runs `dla-train` with the settings `run`; logs go to `folder`."""
+    """The batch script that runs the program with the settings `run`; logs go to `folder`."""
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, config, folder)),
         setup=launcher.setup.strip() or "# launcher.setup adds lines here",
         save_seconds=launcher.save_seconds,
-        status=shlex.quote(f"{Path(config.run_dir).resolve()}/status.json"),
+        status=shlex.quote(str(_status(launcher, config, folder))),
         container=f" --container-image={shlex.quote(launcher.container)}" if launcher.container else "",
         python=shlex.quote(python),
         ranks=launcher.ranks_per_node,
-        restarts=launcher.restarts,
+        restarts=launcher.restarts if launcher.program == "train" else 0,
+        module=PROGRAMS[launcher.program],
         port=launcher.port,
         requeues=launcher.requeues,
         run=" ".join(shlex.quote(argument) for argument in run),
     )
+
+
+def _status(launcher: LauncherConfig, config: Config, folder: Path) -> Path:
+    """Where the program says how it ended: a run in run_dir, others nowhere."""
+    return (Path(config.run_dir).resolve() if launcher.program == "train" else folder) / STATUS_FILE
 
 
 def _directives(launcher: LauncherConfig, config: Config, folder: Path) -> list[str]:
