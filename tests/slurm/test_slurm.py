@@ -95,7 +95,8 @@ def test_a_job_that_fails_is_reported_as_failed_and_not_queued_again(
 ) -> None:
     run = [*TINY, *corpus, "train.micro_batch_rows=2", f"run_dir={tmp_path}/run"]
     missing_file = [f"data.train=[{tmp_path}/absent]"]
-    number = submit(cluster, ["launcher.restarts=0", "launcher.preflight=false", *run, *missing_file], monkeypatch, capsys)
+    unseen = ["launcher.restarts=0", "launcher.preflight=false"]
+    number = submit(cluster, [*unseen, *run, *missing_file], monkeypatch, capsys)
     job = cluster.wait(number, ENDED, 120)
     log = next((tmp_path / "run/launches").glob("*/slurm-*.log")).read_text()
     assert job["JobState"] == "FAILED" and job["Restarts"] == "0", log[-2000:]
