@@ -21,6 +21,7 @@ from dla_train.doctor.command import preflight
 from dla_train.doctor.command import split as split_doctor
 from dla_train.doctor.findings import OK, failed
 from dla_train.hydra_app import MISTAKE, compose
+from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record
 from dla_train.launch.settings import PROGRAMS, LauncherConfig, load_launcher, split
 from dla_train.launch.slurm import job_script
@@ -29,6 +30,7 @@ from dla_train.start_clock import process_began, starting
 USAGE = """usage: dla-launch [--dry-run] [launcher=torchrun|slurm|FILE.yaml] [launcher.key=value ...] [run's settings]
 
   dla-launch experiment=quickstart launcher.ranks_per_node=2
+  dla-launch launcher.nodes=2 launcher.endpoint=host0:29500 launcher.ranks_per_node=8 experiment=...   # on both
   dla-launch launcher=slurm launcher.nodes=8 launcher.ranks_per_node=8 launcher.partition=gpu experiment=...
 """
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry = "--dry-run" in given
     try:
         return launch([argument for argument in given if argument != "--dry-run"], dry=dry)
-    except (ConfigError, LaunchError, OSError) as error:
+    except (ConfigError, LaunchError, MeetingError, OSError) as error:
         print(f"dla-launch: error: {error}", file=sys.stderr)
         return MISTAKE
 
@@ -87,13 +89,16 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
             f"set it to {devices} or less"
         )
     restarts = launcher.restarts if launcher.program == "train" else 0
+    meeting = meet(launcher.endpoint) if launcher.nodes > 1 else None
+    place = meeting.arguments(launcher.nodes, config.name, launcher.join_seconds) if meeting else ["--standalone"]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(sys.executable, "-m", "torch.distributed.run", *place),
         *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={restarts}"),
         *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", PROGRAMS[launcher.program], *run),
     ]
     threads = os.environ.get("OMP_NUM_THREADS", "1")  # torchrun would say at length that it sets this
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), "OMP_NUM_THREADS": threads}
+    environment |= meeting.environment() if meeting else {}
     text = f"{' '.join(f'{key}={value}' for key, value in environment.items())} {shlex.join(command)}\n"
     if dry:
         print(text, end="")

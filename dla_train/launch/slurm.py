@@ -26,10 +26,12 @@ status={status}
 echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
 rm -f "$status"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port={port}
 
 srun --kill-on-bad-exit=1{container} {python} -m torch.distributed.run \\
     --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} --max-restarts={restarts} \\
-    --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
+    --rdzv-conf=join_timeout={join_seconds} \\
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
     -m {module} {run} &
 child=$!
@@ -74,7 +76,8 @@ def job_script(launcher: LauncherConfig, config: Config, run: Sequence[str], pyt
         ranks=launcher.ranks_per_node,
         restarts=launcher.restarts if launcher.program == "train" else 0,
         module=PROGRAMS[launcher.program],
-        port=launcher.port,
+        port=launcher.port or "$((20000 + SLURM_JOB_ID % 20000))",
+        join_seconds=launcher.join_seconds,
         requeues=launcher.requeues,
         run=" ".join(shlex.quote(argument) for argument in run),
     )
