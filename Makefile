@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm check bench bench-train kernel-report clean
+.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm test-hosts check bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -33,7 +33,7 @@ quickstart: $(STAMP)  ## Corpus, tokenizer, training, resume, evaluation, sample
 	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.quickstart
 
 test: $(STAMP)  ## Run the test suite on the CPU
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not gpu and not slurm'
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not gpu and not slurm and not hosts'
 
 test-gpu: $(STAMP)  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
@@ -46,6 +46,9 @@ test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs in every way (2
 
 test-slurm: $(STAMP)  ## Run dla-launch on a SLURM of this machine (Debian: apt install slurm-wlm munge; as root)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m slurm
+
+test-hosts: $(STAMP)  ## Run on two hosts of this machine that lose each other (network namespaces; as root)
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m hosts
 
 check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff check .

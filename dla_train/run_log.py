@@ -13,6 +13,7 @@ from dla_train.config import Config
 from dla_train.evaluate.held_out import HeldOut
 from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
 from dla_train.parallel.mesh import Mesh
+from dla_train.start_clock import StartClock
 from dla_train.telemetry import MemoryTelemetry
 
 logger = logging.getLogger("dla_train.train")
@@ -21,8 +22,8 @@ logger = logging.getLogger("dla_train.train")
 class RunLog:
     """Clock, progress bar and sinks of one start; collective numbers on all ranks, output on rank 0."""
 
-    def __init__(self, config: Config, mesh: Mesh, memory: MemoryTelemetry, done: int) -> None:
-        self._config, self._mesh, self._memory = config, mesh, memory
+    def __init__(self, config: Config, mesh: Mesh, memory: MemoryTelemetry, done: int, start: StartClock) -> None:
+        self._config, self._mesh, self._memory, self._start = config, mesh, memory, start
         self.clock = PhaseClock(mesh.device)
         self._speed = SpeedMeter(config, mesh)
         self._sinks = open_sinks(config, done) if mesh.is_writer else []
@@ -53,6 +54,9 @@ class RunLog:
             self._memory.after_step()
         self._speed.add(tokens, self.clock.end_step())
         self._bar.update()
+        self._start.part("first step")
+        if said := self._start.report():
+            logger.info("%s", said)
 
     def training(self, step: int, numbers: dict[str, Any]) -> None:
         """Write the line of a training step. Collective."""

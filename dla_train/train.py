@@ -44,6 +44,7 @@ from dla_train.resilience.journal import JournalError, Rewind, append_to_journal
 from dla_train.resilience.stopping import StopSignals
 from dla_train.resilience.watchdog import Watchdog
 from dla_train.run_log import RunLog
+from dla_train.start_clock import StartClock
 from dla_train.telemetry import MemoryTelemetry
 
 logger = logging.getLogger("dla_train.train")  # not __name__, which `python -m` makes "__main__"
@@ -71,11 +72,13 @@ class TrainResult:
 
 def main() -> None:
     """The command `dla-train`: its exit codes are in resilience/exit_codes.py; a mistake is told in one paragraph."""
+    clock = StartClock.of_process()
     configure_logging()
     codes = [FINISHED]
 
     def job(config: Config) -> None:
-        codes.append(STOPPED if train(config).stopped_by else FINISHED)
+        clock.part("settings")
+        codes.append(STOPPED if train(config, clock).stopped_by else FINISHED)
 
     errors = (ConfigError, DataError, CheckpointError, RunDirectoryError, JournalError, TrainingDiverged)
     sys.exit(run_application(job, errors) or max(codes))
@@ -88,11 +91,16 @@ def configure_logging() -> None:
     package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
-def train(config: Config) -> TrainResult:
-    """Train, or go on training, the run that `config` describes. Raises typed errors before anything is overwritten."""
+def train(config: Config, clock: StartClock | None = None) -> TrainResult:
+    """Train, or go on training, the run that `config` describes. Raises typed errors before anything is overwritten.
+
+    clock: what the start took so far; None begins here.
+    """
+    clock = clock or StartClock()
     limits, stacks = _limits(config.resilience), Path(config.run_dir) / "hangs"
     with Mesh.start(config) as mesh, Watchdog(limits, stacks, mesh.rank) as watchdog:
         watchdog.enter("setup")
+        clock.part("ranks")
         validate(config, mesh.size)
         torch.manual_seed(config.seed + mesh.rank)
         sources = open_sources(
@@ -103,8 +111,9 @@ def train(config: Config) -> TrainResult:
             pin_memory=mesh.device.type == "cuda",
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
+        clock.part("data")
         with hold_run_directory(config, identity, mesh) as lock:
-            return Run(config, mesh, sources, watchdog, identity, lock).train()
+            return Run(config, mesh, sources, watchdog, identity, lock, clock).train()
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,14 @@ class Run:
     identity: dict[str, Any]
     """What makes it this run."""
     lock: RunLock | None
+    clock: StartClock
 
     def train(self) -> TrainResult:
         """Loops from checkpoint to checkpoint until one ends the run."""
         config, mesh = self.config, self.mesh
         model = meta_model(config, mesh.axes)
         engine = build_engine(config, model, mesh)
+        self.clock.part("model")
         # until here a signal ends the process at once: there is nothing to save
         with StopSignals() as signals, Checkpointer(config, mesh, self.lock) as checkpointer:
             while True:
@@ -158,7 +169,8 @@ class Run:
         self._say("running", done, None)
         parameters = sum(math.prod(shape) for name, shape in engine.shapes().items() if name.startswith("model/"))
         logger.info("%s", _headline(config, mesh, parameters, done))
-        with RunLog(config, mesh, MemoryTelemetry(model, mesh), done) as log:
+        self.clock.part("checkpoint")
+        with RunLog(config, mesh, MemoryTelemetry(model, mesh), done, self.clock) as log:
             guard = Guard(config.resilience, resumed.losses if resumed else ())
             loop = Loop(
                 config,

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Train on every device of this machine, or of several machines.
+# Train on every device of this machine. Several machines, or checks before the start: dla-launch (docs/launch.md).
 #
 #   launch/torchrun.sh experiment=... [key=value ...]
 #
-# One machine: RANKS sets the processes (default: one per GPU, one without).
-# Several: start it on each with NODES=n, NODE_RANK=0..n-1, MASTER=host:port (of node 0); run_dir must be shared.
+# RANKS sets the processes (default: one per GPU, one without).
 # RESTARTS=n starts all processes again, up to n times, when one has died or hung; they go on from the last checkpoint.
 #
 # SIGTERM, SIGINT and SIGUSR1 reach every process: the run is saved after its step and ends, status.json says "stopped".
@@ -13,12 +12,7 @@ set -euo pipefail
 
 python=${PYTHON:-python}
 ranks=${RANKS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-if [[ ${NODES:-1} -gt 1 ]]; then
-    rendezvous=(--nnodes="$NODES" --node_rank="${NODE_RANK:?set NODE_RANK to 0..NODES-1}"
-                --master_addr="${MASTER%:*}" --master_port="${MASTER##*:}")
-else
-    rendezvous=(--standalone)
-fi
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-300}
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" \
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-300} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export DLA_STARTED="torchrun=$(date +%s.%N)"
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" --max-restarts="${RESTARTS:-0}" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dla_train.train "$@"

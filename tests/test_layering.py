@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
     {"dla_kernels", "config"},
     {"data_config"},
-    {"config_rules", "initial_model"},
+    {"config_rules", "initial_model", "start_clock"},
     {"hydra_app"},
     {"parallel"},
     {"models", "data"},
@@ -22,7 +22,9 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"run_log"},
     {"loop"},
     {"train", "generate", "diagnose", "runs"},
-    {"sweep", "quickstart", "bench", "plan_run", "inspect_data", "launch"},
+    {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
+    {"doctor"},
+    {"launch"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it

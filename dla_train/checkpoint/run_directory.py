@@ -46,7 +46,7 @@ def run_identity(config: Config, data_fingerprint: str, tokenizer_fingerprint: s
 
 def check_run_directory(config: Config, identity: dict[str, Any], mesh: Mesh) -> None:
     """Raise RunDirectoryError, on every rank, unless run_dir is free or holds this very run. Writes nothing."""
-    message = mesh.from_writer(_objection(config, identity) if mesh.is_writer else None)
+    message = mesh.from_writer(find_objection(config, identity) if mesh.is_writer else None)
     if message:
         raise RunDirectoryError(message)
 
@@ -90,7 +90,8 @@ def write_run_files(config: Config, config_yaml: str, identity: dict[str, Any], 
     mesh.barrier()
 
 
-def _objection(config: Config, identity: dict[str, Any]) -> str | None:
+def find_objection(config: Config, identity: dict[str, Any]) -> str | None:
+    """Why run_dir cannot take the run, by its files alone; None where it can."""
     run_dir, resume = Path(config.run_dir), config.checkpoint.resume
     if run_dir.exists() and not run_dir.is_dir():
         return f"run_dir={run_dir} is a file; choose another run_dir"

@@ -11,19 +11,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
+from dla_train.doctor.command import preflight
+from dla_train.doctor.command import split as split_doctor
+from dla_train.doctor.findings import OK, failed
 from dla_train.hydra_app import MISTAKE, compose
+from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record
-from dla_train.launch.settings import LauncherConfig, load_launcher, split
-from dla_train.launch.slurm import script
+from dla_train.launch.settings import PROGRAMS, LauncherConfig, load_launcher, split
+from dla_train.launch.slurm import job_script
+from dla_train.start_clock import process_began, starting
 
 USAGE = """usage: dla-launch [--dry-run] [launcher=torchrun|slurm|FILE.yaml] [launcher.key=value ...] [run's settings]
 
   dla-launch experiment=quickstart launcher.ranks_per_node=2
+  dla-launch launcher.nodes=2 launcher.endpoint=host0:29500 launcher.ranks_per_node=8 experiment=...   # on both
   dla-launch launcher=slurm launcher.nodes=8 launcher.ranks_per_node=8 launcher.partition=gpu experiment=...
 """
 
@@ -41,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry = "--dry-run" in given
     try:
         return launch([argument for argument in given if argument != "--dry-run"], dry=dry)
-    except (ConfigError, LaunchError, OSError) as error:
+    except (ConfigError, LaunchError, MeetingError, OSError) as error:
         print(f"dla-launch: error: {error}", file=sys.stderr)
         return MISTAKE
 
@@ -50,14 +57,28 @@ def launch(arguments: Sequence[str], *, dry: bool) -> int:
     """Start the run, or print what would be started."""
     own, run = split(arguments)
     launcher = load_launcher(own)
-    config = compose(list(run))
+    doctor = launcher.program == "doctor"
+    config = compose(split_doctor(run)[1] if doctor else list(run))
     if launcher.kind == "torchrun" and not launcher.ranks_per_node:
         launcher.ranks_per_node = _devices()
     validate(config, world_size=launcher.nodes * launcher.ranks_per_node)
     folder = launch_folder(config)
+    if launcher.preflight and not doctor and not dry:
+        _check_first(launcher, config)
     if launcher.kind == "slurm":
         return _submit(launcher, config, run, folder, dry=dry)
     return _run_here(launcher, config, run, folder, dry=dry)
+
+
+def _check_first(launcher: LauncherConfig, config: Config) -> None:
+    """Refuse what would fail for a reason that can be seen from here."""
+    found = preflight(config, launcher.nodes * launcher.ranks_per_node)
+    wrong = [finding.line() for finding in found if finding.state != OK]
+    if failed(found):
+        told = "\n".join(wrong)
+        raise LaunchError(f"nothing is started:\n{told}\n(launcher.preflight=false leaves these checks to the run)")
+    for line in wrong:
+        print(line, file=sys.stderr)
 
 
 def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
@@ -67,23 +88,32 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
             f"launcher.ranks_per_node={launcher.ranks_per_node} is more than the {devices} GPU(s) of this machine; "
             f"set it to {devices} or less"
         )
+    restarts = launcher.restarts if launcher.program == "train" else 0
+    meeting = meet(launcher.endpoint) if launcher.nodes > 1 else None
+    place = meeting.arguments(launcher.nodes, config.name, launcher.join_seconds) if meeting else ["--standalone"]
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={launcher.restarts}"),
-        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "dla_train.train", *run),
+        *(sys.executable, "-m", "torch.distributed.run", *place),
+        *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={restarts}"),
+        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", PROGRAMS[launcher.program], *run),
     ]
-    text = f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={launcher.save_seconds} {shlex.join(command)}\n"
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # torchrun would say at length that it sets this
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), "OMP_NUM_THREADS": threads}
+    environment |= meeting.environment() if meeting else {}
+    text = f"{' '.join(f'{key}={value}' for key, value in environment.items())} {shlex.join(command)}\n"
     if dry:
         print(text, end="")
         return 0
-    write_record(folder, config, launcher, "#!/usr/bin/env bash\nexec env " + text, "run.sh")
-    sys.stdout.flush()
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launcher.save_seconds)
-    os.execv(command[0], command)
+    # paths of the command line may be relative
+    script = f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())} || exit 1\nexec env {text}"
+    path = write_record(folder, config, launcher, script, "run.sh")
+    print(f"{launcher.ranks_per_node} rank(s) are started by {path}", flush=True)
+    now = time.time()
+    environment |= starting(("dla-launch", process_began() or now), ("torchrun", now))
+    os.execve(command[0], command, os.environ | environment)
 
 
 def _submit(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
-    text = script(launcher, config, run, sys.executable, folder)
+    text = job_script(launcher, config, run, sys.executable, folder)
     if dry:
         print(text, end="")
         return 0

@@ -19,6 +19,8 @@ from dla_train.config import ConfigError
 from dla_train.hydra_app import config_directory
 
 KINDS = ("torchrun", "slurm")
+PROGRAMS = {"train": "dla_train.train", "doctor": "dla_train.doctor.command"}
+"""Module of each `launcher.program`."""
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+")
 """sbatch's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
@@ -29,6 +31,11 @@ class LauncherConfig:
 
     kind: str = MISSING
     """`torchrun` on this machine, or `slurm`."""
+    program: str = "train"
+    """What runs on every rank: `train`, or `doctor`, which checks machines, files and the network instead."""
+    preflight: bool = True
+    """Look at settings, tokenizer, token files, run_dir and its disk from here first, and start nothing that would
+    fail (dla-doctor's checks that need no ranks); false where this machine does not see the run's files."""
     nodes: int = 1
     """Machines."""
     ranks_per_node: int = 0
@@ -41,8 +48,12 @@ class LauncherConfig:
     """How often all processes are started again in place when one has died or hung."""
     save_seconds: int = 300
     """What a step and a checkpoint may take after a signal before processes are killed."""
-    port: int = 29500
-    """Of the rendezvous, on the first node (slurm)."""
+    endpoint: str = ""
+    """host:port of the first machine, where several meet; start the same command on each (torchrun)."""
+    join_seconds: int = 600
+    """How long machines wait for one another, at the start and after one was lost."""
+    port: int = 0
+    """Of the rendezvous, on the first node; 0 is one by the job's number, so that jobs share a node (slurm)."""
     time: str = "24:00:00"
     """Time limit of one job (slurm)."""
     warn_seconds: int = 600
@@ -116,22 +127,26 @@ def _check(config: LauncherConfig) -> None:
 
     if config.kind not in KINDS:
         reject("kind", "is not a kind of launcher", f"choose {' or '.join(KINDS)}")
-    for key in ("nodes", "cpus_per_rank", "save_seconds"):
+    if config.program not in PROGRAMS:
+        reject("program", "is not a program that can be launched", f"choose {' or '.join(PROGRAMS)}")
+    for key in ("nodes", "cpus_per_rank", "save_seconds", "join_seconds"):
         if getattr(config, key) < 1:
             reject(key, "is below 1", "use 1 or more")
     for key in ("ranks_per_node", "restarts", "requeues", "warn_seconds"):
         if getattr(config, key) < 0:
             reject(key, "is below 0", "use 0 or more")
-    if not 1024 <= config.port <= 65535:
-        reject("port", "is not a port that users may open", "choose from 1024 to 65535")
+    if config.port and not 1024 <= config.port <= 65535:
+        reject("port", "is not a port that users may open", "choose from 1024 to 65535, or 0")
     if config.kind == "torchrun":
-        if config.nodes > 1:
-            reject(
-                "nodes",
-                "needs a launcher on each",
-                "use launcher=slurm, or launch/torchrun.sh with NODES on each",
-            )
+        if config.nodes > 1 and not re.fullmatch(r"[\w.-]+:\d{2,5}", config.endpoint):
+            rule = f"machines have no place to meet in launcher.endpoint={config.endpoint!r}"
+            reject("nodes", rule, "name the first one and a free port, such as launcher.endpoint=host0:29500")
+        if config.nodes == 1 and config.endpoint:
+            rule = "is where several machines meet, and launcher.nodes=1"
+            reject("endpoint", rule, "leave it out, or set launcher.nodes")
         return
+    if config.endpoint:
+        reject("endpoint", "is not used with launcher=slurm, whose first node is the place", "leave it out")
     if not TIME.fullmatch(config.time):
         reject("time", "is not a time limit of sbatch", "write hours:minutes:seconds or days-hours:minutes:seconds")
     if not config.ranks_per_node:

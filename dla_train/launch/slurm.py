@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dla_train.config import Config
-from dla_train.launch.settings import LauncherConfig
+from dla_train.launch.settings import PROGRAMS, LauncherConfig
+from dla_train.resilience.exit_codes import STATUS_FILE
 
 SCRIPT = """#!/usr/bin/env bash
 {directives}
@@ -20,16 +21,19 @@ set -uo pipefail
 {setup}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={save_seconds}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
+export DLA_STARTED="srun and torchrun=$(date +%s.%N)"
 status={status}
 echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
 rm -f "$status"
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port={port}
 
 srun --kill-on-bad-exit=1{container} {python} -m torch.distributed.run \\
     --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} --max-restarts={restarts} \\
-    --rdzv-backend=c10d --rdzv-endpoint="$head:{port}" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
+    --rdzv-conf=join_timeout={join_seconds} \\
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
-    -m dla_train.train {run} &
+    -m {module} {run} &
 child=$!
 asked=
 pass_on() {{
@@ -45,34 +49,43 @@ trap - USR1 TERM
 echo "$(date +%FT%T) torchrun ended with $code"
 
 # a signal that comes with the last step ends torchrun with an error, though the run is finished
-grep -q '"state": "finished"' "$status" 2> /dev/null && exit 0
-if grep -q '"state": "stopped"' "$status" 2> /dev/null; then
+state=$(grep -o '"state": "[a-z]*"' "$status" 2> /dev/null | cut -d '"' -f 4)
+[ "$state" = finished ] && exit 0
+# one that comes before the first step finds nothing to save
+if [ "$state" = stopped ] || {{ [ -n "$asked" ] && [ "$state" != diverged ]; }}; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
-        echo "$(date +%FT%T) saved; queued again"
+        echo "$(date +%FT%T) ${{state:-not begun}}; queued again"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60
     fi
-    echo "saved, but launcher.requeues={requeues} is used up; submit again to go on" >&2
+    echo "launcher.requeues={requeues} is used up; submit again to go on" >&2
     exit 75
 fi
 exit "$code"
 """
 
 
-def script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
-    """The batch script that runs `dla-train` with the settings `run`; logs go to `folder`."""
+def job_script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
+    """The batch script that runs the program with the settings `run`; logs go to `folder`."""
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, config, folder)),
         setup=launcher.setup.strip() or "# launcher.setup adds lines here",
         save_seconds=launcher.save_seconds,
-        status=shlex.quote(f"{Path(config.run_dir).resolve()}/status.json"),
+        status=shlex.quote(str(_status(launcher, config, folder))),
         container=f" --container-image={shlex.quote(launcher.container)}" if launcher.container else "",
         python=shlex.quote(python),
         ranks=launcher.ranks_per_node,
-        restarts=launcher.restarts,
-        port=launcher.port,
+        restarts=launcher.restarts if launcher.program == "train" else 0,
+        module=PROGRAMS[launcher.program],
+        port=launcher.port or "$((20000 + SLURM_JOB_ID % 20000))",
+        join_seconds=launcher.join_seconds,
         requeues=launcher.requeues,
         run=" ".join(shlex.quote(argument) for argument in run),
     )
+
+
+def _status(launcher: LauncherConfig, config: Config, folder: Path) -> Path:
+    """Where the program says how it ended: a run in run_dir, others nowhere."""
+    return (Path(config.run_dir).resolve() if launcher.program == "train" else folder) / STATUS_FILE
 
 
 def _directives(launcher: LauncherConfig, config: Config, folder: Path) -> list[str]:

@@ -11,14 +11,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.faults.processes import free_port
+
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 CONFIGURATION = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -71,15 +73,18 @@ class Cluster:
         words = self.run("scontrol", "show", "job", number, "--oneliner").stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, states: set[str], seconds: float) -> dict[str, str]:
-        """Until a job is in one of `states`. A requeued job's two minutes of waiting are cut short.
+    def wait(self, number: str, states: set[str], seconds: float, after: str = "") -> dict[str, str]:
+        """Until a job is in one of `states` (after it has been in `after`).
+
+        A requeued job's two minutes of waiting are cut short.
 
         Not too short: a start within a second or two of the end is refused, by its own old credential.
         """
         deadline, held = time.monotonic() + seconds, 0
         while time.monotonic() < deadline:
             job = self.job(number)
-            if job.get("JobState") in states:
+            after = "" if job.get("JobState") == after else after
+            if job.get("JobState") in states and not after:
                 return job
             held = held + 1 if job.get("Reason") == "BeginTime" else 0
             if held == 10:
@@ -94,7 +99,8 @@ def start(folder: Path) -> Cluster:
     host = os.uname().nodename
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    text = CONFIGURATION.format(host=host, folder=folder, cpus=os.cpu_count())
+    ports = {"controller_port": free_port(), "node_port": free_port()}  # two clusters at a time would share their jobs
+    text = CONFIGURATION.format(host=host, folder=folder, cpus=os.cpu_count(), **ports)
     (folder / "slurm.conf").write_text(text)
     _start_munge()
     subprocess.run(["slurmctld", "-f", str(folder / "slurm.conf")], check=True, env=cluster.environment)
