@@ -7,6 +7,7 @@ python -m dla_train.bench checkpoint ...  saving and resuming on this machine's 
 python -m dla_train.bench data ...        reading token files, and starts on a large corpus
 python -m dla_train.bench layouts ...     what the trainer adds on four ranks of this machine's CPU
 python -m dla_train.bench prepare ...     tokenising text, over processes
+python -m dla_train.bench scoring ...     log-likelihoods of dla-evaluate against plain forwards
 python -m dla_train.bench render ...      pages and pictures from kernels.json and training.json, on any machine
 """
 
@@ -26,6 +27,7 @@ PROGRAMS = {
     "data": "dla_train.bench.data",
     "prepare": "dla_train.bench.prepare",
     "layouts": "dla_train.bench.layouts",
+    "scoring": "dla_train.bench.scoring",
     "render": "dla_train.bench.render",
 }
 """Modules of the programs, whose `main(arguments)` returns the exit code. Each imports only what it needs itself."""

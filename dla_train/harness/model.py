@@ -2,7 +2,8 @@
 
 Registered as `dla`, so that `lm_eval.simple_evaluate("dla", "run=runs/a,bos=true", tasks=[...])` works too once this
 module is imported. What lm_eval's own model of Hugging Face folders does is kept: the beginning of what is too long is
-dropped (and here counted), and an empty context is one BOS, or EOS for a model that was trained without BOS.
+dropped (and here counted), and an empty context is one BOS, or EOS for a model that was trained without BOS. In one
+thing it is not: in front of a whole text lm_eval puts BOS twice where prompts begin with it, and scores the second.
 """
 
 from __future__ import annotations

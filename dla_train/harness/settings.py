@@ -25,7 +25,7 @@ from dla_train.hydra_app import config_directory
 class SuiteConfig:
     """Which tasks, in which tables."""
 
-    name: str = MISSING
+    name: str = ""
     """Label of the suite."""
     tables: dict[str, list[str]] = field(default_factory=dict)
     """Tasks of catalogue.yaml by table, in the order of its columns."""
@@ -92,9 +92,7 @@ class Unit:
 
 def compose(words: Sequence[str]) -> EvaluateConfig:
     """The checked settings of a command line such as `["run=runs/a", "suite=ruler"]`. Raises ConfigError."""
-    store = ConfigStore.instance()
-    store.store(name="base_evaluate", node=EvaluateConfig)
-    store.store(group="suite", name="base_suite", node=SuiteConfig)
+    ConfigStore.instance().store(name="base_evaluate", node=EvaluateConfig)
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
             composed = hydra.compose("evaluate", list(words))
@@ -180,14 +178,14 @@ def _explain(error: Exception) -> str:
     for cause in _causes(error):
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options is not None:
             group, _, option = cause.missing_cfg_file.rpartition("/")
-            legal = [name for name in cause.options if not name.startswith("base_")]
+            legal = list(cause.options)
             return f"{group}={option} is not there; {_near(option, legal)}choose from {', '.join(legal)}"
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
             return _unknown(str(cause.full_key))
     first = next((cause for cause in _causes(error) if isinstance(cause, OmegaConfBaseException)), error)
     key = getattr(first, "full_key", None)
     reason = str(first).splitlines()[0]
-    if "Missing mandatory value" in reason:
+    if "missing mandatory value" in reason.lower():
         return "run has no value; name a run directory: dla-evaluate run=runs/..."
     return f"{key}: {reason}; give a value of its type" if key else f"{reason}; write key=value"
 

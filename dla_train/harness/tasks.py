@@ -8,6 +8,7 @@ its hook `custom_dataset`; so prompts, filters and metrics are lm_eval's. The ta
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def _load(entry: TaskEntry, changes: dict[str, Any]) -> Task:
     """lm_eval's task with some keys of its definition changed."""
     manager = TaskManager(include_path=(PACKAGED / entry.file).parent, include_defaults=False)
     group = {"group": "evaluated", "task": [{"task": entry.name, **changes}]}
-    return manager.load(group)["tasks"][entry.name]
+    with warnings.catch_warnings():  # of a package for comparing code, which no task here does
+        warnings.filterwarnings("ignore", "Using slow pure-python SequenceMatcher", UserWarning)
+        return manager.load(group)["tasks"][entry.name]
 
 
 def _read(files: dict[str, Path], columns: Sequence[str]) -> dict[str, Dataset]:
