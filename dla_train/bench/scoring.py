@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ from typing import Any
 
 import torch
 
-from dla_train.bench.cpu import environment, measure_in_turn
+from dla_train.bench.cpu import measure_in_turn
 from dla_train.harness.scoring import Request, batches, padded, score
 from dla_train.hydra_app import compose
 from dla_train.models.build import build_model
 from dla_train.models.language_model import LanguageModel
 
 RESULTS = "scoring.json"
-MODELS = (("mamba2_tiny", "dla"), ("gated_deltanet_tiny", "dla"), ("gated_deltanet_tiny", "single"))
+MODELS = (("mamba2_tiny", "dla"), ("gated_deltanet_tiny", "dla"))
 LENGTHS = {"questions": (16, 96), "passages": (128, 1024)}
 """Tokens of a request, between which lengths are even."""
 TARGET_TOKENS = 4
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     """Measure and write scoring.json and scoring.md."""
     parser = argparse.ArgumentParser(prog="python -m dla_train.bench scoring", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=40_000, help="tokens of a set of requests (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=12_000, help="tokens of a set of requests (default %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a batch (default %(default)s)")
     options = parser.parse_args(arguments)
     measured = [
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         for model, memory in MODELS
         for kind in LENGTHS
     ]
-    results = {"environment": environment(), "batch_tokens": options.batch_tokens, "measured": measured}
+    results = {"environment": _environment(), "batch_tokens": options.batch_tokens, "measured": measured}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (options.output / "scoring.md").write_text(table(results), encoding="utf-8")
@@ -63,7 +64,8 @@ def measure(model: str, memory: str, kind: str, tokens: int, batch_tokens: int, 
     rows = sorted((request.inputs for request in requests), key=len, reverse=True)
     total = sum(map(len, rows))
     mean = total // len(rows)
-    even = [tuple(range(3, 3 + mean))] * (total // mean)
+    flat = [token for row in rows for token in row]
+    even = [tuple(flat[begin : begin + mean]) for begin in range(0, total - mean + 1, mean)]
     timings = measure_in_turn(
         {
             "plain": lambda: _seconds(lambda: _forwards(built, even, batch_tokens)),
@@ -121,16 +123,28 @@ def _seconds(work: Any) -> float:
     return time.perf_counter() - began
 
 
+def _environment() -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
 def table(results: dict[str, Any]) -> str:
     """The page of scoring.json."""
+    env = results["environment"]
     lines = [
         "# Scoring log-likelihoods",
         "",
-        f"`python -m dla_train.bench scoring`; {json.dumps(results['environment'])}. Batches of "
-        f"{results['batch_tokens']} tokens with padding. Shares of the speed of plain forwards over as many tokens without "
-        f"padding, median over rounds (lowest to highest); the target is {LEAST:.0%} of it.",
+        f"Made by `python -m dla_train.bench scoring`; {env['device']}, {env['threads']} threads, torch {env['torch']}, "
+        f"Python {env['python']}, float32, batches of {results['batch_tokens']} tokens. Shares of the speed of plain "
+        "forwards over as many tokens without padding and without scores, timed in turn: median over rounds (lowest to "
+        f"highest). The target is {LEAST:.0%}. Padding is not counted as tokens.",
         "",
-        "| model, memory | requests | padding | plain, tokens/s | scoring | its forwards alone | packed rows | target |",
+        "| model, memory | requests | padding | plain, tokens/s | scoring | forwards alone | packed rows | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in results["measured"]:
