@@ -18,7 +18,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"logical_state"},
     {"engine", "checkpoint"},
     {"evaluate", "data_prep", "resilience"},
-    {"huggingface"},
+    {"huggingface", "harness"},
     {"run_log"},
     {"loop"},
     {"train", "generate", "diagnose", "runs"},
@@ -33,6 +33,7 @@ DOORS = {  # third party: path prefixes that may import it
     "deepspeed": ("dla_train/engine/",),
     "transformers": ("dla_train/data/tokenizer.py", "dla_train/huggingface/", "dla_train/evaluate/"),
     "optuna": ("dla_train/sweep/",),
+    "lm_eval": ("dla_train/harness/",),
 }
 
 

@@ -1,0 +1,67 @@
+"""Needles found by length and depth: the numbers (needles.npz) and the picture (needles.png).
+
+A task that asks for several needles gives a point for each, at its own depth.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROWS = 10
+"""Depths in the picture."""
+
+
+def write_heat_map(output: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Write needles.npz ({task}_length, _depth, _hit: an entry a needle) and needles.png into `output`."""
+    found = _points(output, results)
+    arrays = {f"{task}_{name}": array for task, columns in found.items() for name, array in columns.items()}
+    np.savez(output / "needles.npz", allow_pickle=False, **arrays)
+    figure = Figure(figsize=(4 * len(found), 3.6), layout="constrained")
+    lengths = sorted({int(length) for columns in found.values() for length in columns["length"]})
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    image = None
+    for axes, (task, columns) in zip(panels, found.items(), strict=True):
+        grid = shares(columns["length"], columns["depth"], columns["hit"], lengths)
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", extent=(0, len(lengths), 100, 0))
+        axes.set_xticks(np.arange(len(lengths)) + 0.5, [_short(length) for length in lengths])
+        axes.set(title=task, xlabel="tokens", ylabel="depth (%)")
+    assert image is not None
+    figure.colorbar(image, ax=list(panels), label="needles found")
+    figure.savefig(output / "needles.png", dpi=120)
+
+
+def shares(length: np.ndarray, depth: np.ndarray, hit: np.ndarray, lengths: list[int]) -> np.ndarray:
+    """[ROWS, lengths]: share of the needles found in each cell; nan where there was none."""
+    grid = np.full((ROWS, len(lengths)), np.nan)
+    row = np.minimum((depth * ROWS).astype(int), ROWS - 1)
+    for i in range(ROWS):
+        for j, tokens in enumerate(lengths):
+            cell = hit[(row == i) & (length == tokens)]
+            if cell.size:
+                grid[i, j] = cell.mean()
+    return grid
+
+
+def _points(output: Path, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    rows: dict[str, list[tuple[int, float, bool]]] = {}
+    for name, result in results.items():
+        if result["length"] is None:
+            continue
+        for line in (output / "units" / f"{name}.samples.jsonl").read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            points = zip(sample["depths"], sample["hits"], strict=True)
+            rows.setdefault(result["task"], []).extend((result["length"], depth, hit) for depth, hit in points)
+    names = ("length", "depth", "hit")
+    return {
+        task: {name: np.array(column) for name, column in zip(names, zip(*found, strict=True), strict=True)}
+        for task, found in rows.items()
+    }
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
