@@ -140,9 +140,9 @@ def table(results: dict[str, Any]) -> str:
         "# Scoring log-likelihoods",
         "",
         f"Made by `python -m dla_train.bench scoring`; {env['device']}, {env['threads']} threads, "
-        f"torch {env['torch']}, Python {env['python']}, float32, batches of {results['batch_tokens']} tokens. Shares of "
-        "the speed of plain forwards over as many tokens without padding and without scores, timed in turn: median over "
-        f"rounds (lowest to highest). The target is {LEAST:.0%}. Padding is not counted as tokens.",
+        f"torch {env['torch']}, Python {env['python']}, float32, batches of {results['batch_tokens']} tokens. Shares "
+        "of the speed of plain forwards over as many tokens without padding and without scores, timed in turn: median "
+        f"over rounds (lowest to highest). The target is {LEAST:.0%}. Padding is not counted as tokens.",
         "",
         "| model, memory | requests | padding | plain, tokens/s | scoring | forwards alone | packed rows | target |",
         "|---|---|---|---|---|---|---|---|",
