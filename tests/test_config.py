@@ -185,6 +185,22 @@ BROKEN = {
     "stop before the start": (["train.stop_at_step=0"], ["train.stop_at_step=0"]),
     "validation of nothing": (["train.validation_batches=0"], ["train.validation_interval_steps=100"]),
     "validation without files": (["data.validation=[]"], ["train.validation_batches=8", "data.validation"]),
+    "bands of no validation": (
+        [
+            "train.validation_batches=0",
+            "train.validation_interval_steps=0",
+            "train.validation_band_edges_tokens=[8]",
+        ],
+        ["train.validation_band_edges_tokens=[8]", "train.validation_batches=0"],
+    ),
+    "bands that do not rise": (
+        ["train.validation_band_edges_tokens=[64,32]"],
+        ["train.validation_band_edges_tokens=[64, 32]", "rise strictly between 0 and data.context_tokens"],
+    ),
+    "a band beyond the context": (
+        ["train.validation_band_edges_tokens=[99999999]"],
+        ["train.validation_band_edges_tokens=[99999999]"],
+    ),
     "no training files": (["data.train=[]"], ["data.train"]),
     "empty run_dir": (["run_dir=''"], ["run_dir"]),
     "misspelt choice": (["optim.schedule=cosin"], ["optim.schedule=cosin", "did you mean cosine?", "wsd"]),

@@ -15,7 +15,6 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +105,7 @@ def measure(longest: int, attention_prefill: int, *, rounds: int, steps: int) ->
         prefills += seconds
         if backbone == "attention":
             places += [_filled(arm, model, context, steps) for context in contexts if context >= max(read)]
-    things: dict[str, Callable[[], float]] = {
-        str(i): functools.partial(_decode, p, steps) for i, p in enumerate(places)
-    }
+    things = {_label(place): functools.partial(_decode, place, steps) for place in places}
     timings = measure_in_turn(things, rounds)
     return {
         "environment": environment() | {"shape": "2 layers, width 256, 4 heads, K = V = 64, batch 1, float32"},
@@ -121,11 +118,15 @@ def measure(longest: int, attention_prefill: int, *, rounds: int, steps: int) ->
                 "context": place.context,
                 "filled": place.filled,
                 "cache_bytes": sum(cache.nbytes for cache in place.caches),
-                "milliseconds": [1e3 * seconds / steps for seconds in timings[str(index)].rounds],
+                "milliseconds": [1e3 * seconds / steps for seconds in timings[_label(place)].rounds],
             }
-            for index, place in enumerate(places)
+            for place in places
         ],
     }
+
+
+def _label(place: Place) -> str:
+    return f"{place.arm} at {_short(place.context)}{'*' if place.filled else ''}"
 
 
 def _prefilled(

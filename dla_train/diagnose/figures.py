@@ -22,7 +22,7 @@ def plot_loss_by_position(found: Comparison, trained: Sequence[int], title: str,
     middles = np.array([(first + end - 1) / 2 + 1 for first, end in found.curve.ranges])
     _draw(upper, lower, found.curve, middles, found.reference)
     upper.set_ylabel("nats per token")
-    lower.set_ylabel(f"minus {found.reference}")
+    lower.set_ylabel(f"nats more than {found.reference}")
     _dress(upper, lower, found.curve, trained, "tokens of context")
     _save(figure, path)
 
@@ -34,7 +34,7 @@ def plot_perplexity_by_length(found: Comparison, trained: Sequence[int], title: 
     perplexity = found.lengths.perplexity
     _draw(upper, lower, perplexity, ends, found.reference, marker="o")
     upper.set_ylabel("perplexity")
-    lower.set_ylabel(f"% over {found.reference}")
+    lower.set_ylabel(f"% more than {found.reference}")
     _dress(upper, lower, perplexity, trained, "length of the text in tokens")
     _save(figure, path)
 
@@ -66,15 +66,15 @@ def _dress(upper: Axes, lower: Axes, found: Quantity, trained: Sequence[int], la
         for context in sorted({context for context in trained if context < end}):
             axes.axvline(context, color="0.3", linestyle=":", linewidth=1.2)
             if axes is upper:
-                place = (context, axes.get_ylim()[1])
                 axes.annotate(
-                    " trained to here",
-                    place,
+                    "trained to here",
+                    (context, 1.0),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    xytext=(4, -4),
                     fontsize=8,
                     color="0.3",
                     va="top",
-                    xytext=(0, -2),
-                    textcoords="offset points",
                 )
     _limit(upper, found.arms)
     _limit(lower, found.differences, include=0.0)

@@ -203,10 +203,10 @@ def _account(result: Continued, prompts: int) -> str:
     """What it took, in one line."""
     new = sum(len(continuation.tokens) for continuation in result.continuations)
     of = f" of {prompts} prompts" if prompts > 1 else ""
+    decoded = f" at {result.decode_tokens_per_second:,.1f} tokens/s" if result.stepped_tokens else ""
     return (
         f"{result.prompt_tokens} prompt tokens{of} at {result.prefill_tokens_per_second:,.1f} tokens/s, "
-        f"{new} new tokens at {result.decode_tokens_per_second:,.1f} tokens/s, "
-        f"caches {result.cache_bytes:,} bytes"
+        f"{new} new tokens{decoded}, caches {result.cache_bytes:,} bytes"
     )
 
 
