@@ -26,7 +26,7 @@ from dla_train.models.build import build_model
 from dla_train.models.language_model import LanguageModel
 
 RESULTS = "scoring.json"
-MODELS = (("mamba2_tiny", "dla"), ("gated_deltanet_tiny", "dla"))
+MODELS = (("mamba2_tiny", "single"), ("gated_deltanet_tiny", "dla"))
 LENGTHS = {"questions": (16, 96), "passages": (128, 1024)}
 """Tokens of a request, between which lengths are even."""
 TARGET_TOKENS = 4
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m dla_train.bench scoring", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=12_000, help="tokens of a set of requests (default %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a batch (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=3_000, help="tokens of a set of requests (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a batch (default %(default)s)")
     options = parser.parse_args(arguments)
     measured = [
         measure(model, memory, kind, options.tokens, options.batch_tokens, options.rounds)
@@ -140,9 +140,9 @@ def table(results: dict[str, Any]) -> str:
         "# Scoring log-likelihoods",
         "",
         f"Made by `python -m dla_train.bench scoring`; {env['device']}, {env['threads']} threads, "
-        f"torch {env['torch']}, Python {env['python']}, float32, batches of {results['batch_tokens']} tokens. Shares "
-        "of the speed of plain forwards over as many tokens without padding and without scores, timed in turn: median "
-        f"over rounds (lowest to highest). The target is {LEAST:.0%}. Padding is not counted as tokens.",
+        f"torch {env['torch']}, Python {env['python']}, float32, batches of {results['batch_tokens']} tokens. "
+        "Shares of the speed of plain forwards over as many tokens without padding and without scores, timed in turn: "
+        f"median over rounds (lowest to highest). The target is {LEAST:.0%}. Padding is not counted as tokens.",
         "",
         "| model, memory | requests | padding | plain, tokens/s | scoring | forwards alone | packed rows | target |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,11 +1,11 @@
 """The program `dla-evaluate`: a checkpoint on published tasks, beside the published numbers.
 
   dla-evaluate run=RUN_DIR suite=commonsense data_dir=data/evaluation    # the same command again goes on
-  dla-evaluate run=RUN_DIR suite=all limit=100 num_fewshot=0 tasks=[piqa,swde]
+  dla-evaluate run=RUN_DIR suite=all data_dir=data/evaluation tasks=[piqa,swde] limit=100
   dla-evaluate fetch suite=all data_dir=data/evaluation                  # once, with a network: writes the local copies
 
-Suites: commonsense, retrieval, ruler, longbench, all, wikitext (configs/suite). Settings:
-dla_train/harness/settings.py. Exit code 0; 2 after a mistake that is explained.
+Suites: commonsense, retrieval, ruler, longbench, all, wikitext (configs/suite). Every setting and its meaning:
+dla_train/harness/settings.py. Exit code 0; 2 after a mistake; 75 where it was interrupted: the same command goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dla_train.harness.errors import EvaluateError
 from dla_train.harness.fetch import fetch
 from dla_train.harness.settings import compose
 from dla_train.hydra_app import MISTAKE
+from dla_train.resilience.exit_codes import STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, EvaluateError, CheckpointError, RunDirectoryError, DataError, OSError) as error:
         print(f"dla-evaluate: error: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("dla-evaluate: stopped; the same command goes on from here", file=sys.stderr)
+        return STOPPED
     return 0
 
 

@@ -107,8 +107,7 @@ def _join_layer(caches: Sequence[Cache]) -> Cache:
 
 
 def _join_attention(caches: Sequence[KeyValueCache]) -> KeyValueCache:
-    """What each row has stored is moved to end where the longest row's ends; a query counts its keys from there "
-    "back."""
+    """Every row's store is moved to end where the longest one's ends; a query counts its keys from there back."""
     length = max(cache.length for cache in caches)
     room = length + max(cache.keys.shape[1] - cache.length for cache in caches)
     rows = sum(cache.keys.shape[0] for cache in caches)

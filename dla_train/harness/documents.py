@@ -39,8 +39,7 @@ def read_documents(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def check_first(path: Path, columns: Sequence[str]) -> None:
-    """Look at a file's first line only: what is wrong from the start shows before hours of work. Raises "
-    "EvaluateError."""
+    """Look at a file's first line, so that most faults show before hours of work. Raises EvaluateError."""
     with _opened(path) as file:
         _document(path, 1, file.readline(), columns)
 
@@ -60,9 +59,8 @@ def read_haystack(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise EvaluateError(
-            f"the needle tasks hide their needles in {path}, which cannot be read ({error.strerror}); name any long "
-            "text "
-            f"with haystack=FILE, or fetch RULER's essays once: dla-evaluate fetch suite=ruler data_dir=..."
+            f"the needle tasks hide needles in {path}, which cannot be read ({error.strerror}); name any long text "
+            "with haystack=FILE, or fetch RULER's essays once: dla-evaluate fetch suite=ruler data_dir=..."
         ) from error
     except UnicodeDecodeError as error:
         raise EvaluateError(f"haystack={path} is not UTF-8 text ({error}); give a text file") from error
@@ -94,4 +92,6 @@ def _unreadable(path: Path, error: OSError) -> EvaluateError:
 
 def _fetch(path: Path) -> str:
     folder = path.parent.parent
-    return f"where there is a network, run: dla-evaluate fetch suite=all tasks=[{path.parent.name}] data_dir={folder}"
+    return (
+        f"write it where there is a network: dla-evaluate fetch suite=all tasks=[{path.parent.name}] data_dir={folder}"
+    )

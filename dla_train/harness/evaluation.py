@@ -23,7 +23,7 @@ from dla_train.config import ConfigError
 from dla_train.harness.documents import HAYSTACK, check_first, file_hash, local_files, read_haystack
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.heat_map import write_heat_map
-from dla_train.harness.journal import Journal
+from dla_train.harness.journal import Journal, check_identity, check_journal
 from dla_train.harness.loading import OpenedRun, longest_context, open_run
 from dla_train.harness.needles import TASKS, Needles
 from dla_train.harness.report import table
@@ -96,7 +96,7 @@ class _Worker:
         from dla_train.harness.asking import ask
 
         began = time.perf_counter()
-        journal = Journal(self.output / UNITS / f"{unit.name}.journal", settings)
+        journal = Journal(_journal_path(self.output, unit), settings)
         before = len(journal)
         with self.model.unit(title, unit.length or self.model.max_length, journal) as counts:
             metrics, samples = ask(self.model, unit, self.config, self._needles(unit))
@@ -144,17 +144,13 @@ def _settings(
 
 
 def _finished(output: Path, unit: Unit, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that is there. Raises EvaluateError if it is of other settings."""
+    """The result that is there. Raises EvaluateError if it, or what was answered so far, is of other settings."""
     path = _result_path(output, unit)
     if not path.is_file():
+        check_journal(_journal_path(output, unit), settings)
         return None
     result = parse_json(path, read_small(path))
-    there = result.get("settings")
-    there = there if isinstance(there, dict) else {}
-    other = [key for key in sorted(there.keys() | settings.keys()) if there.get(key) != settings.get(key)]
-    if other:
-        told = "; ".join(f"{key} is {there.get(key)!s:.40} there and {settings.get(key)!s:.40} here" for key in other)
-        raise EvaluateError(f"{path} is of another evaluation: {told}. Choose another output=..., or move it away")
+    check_identity(path, result.get("settings"), settings)
     return result
 
 
@@ -213,6 +209,10 @@ def _max_length(config: EvaluateConfig, opened: OpenedRun) -> int:
 
 def _result_path(output: Path, unit: Unit) -> Path:
     return output / UNITS / f"{unit.name}.json"
+
+
+def _journal_path(output: Path, unit: Unit) -> Path:
+    return output / UNITS / f"{unit.name}.journal"
 
 
 def _line(unit: Unit, result: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What a model has answered in a unit that is not finished: a line a request, so that a killed evaluation goes on.
 
-The first line says what the answers belong to; a journal of other settings is begun anew. The last line of a process
-that was killed may be torn, and is left out.
+The first line says what the answers belong to; a journal of other settings is an error. The last line of a process that
+was killed may be torn, and is left out.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dla_train.harness.errors import EvaluateError
+
 
 class Journal:
     """Answers by a hash of the request's tokens."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """Read what is there; write the first line where nothing is, or what is belongs to something else."""
+        """Read what is there, or begin. Raises EvaluateError where what is there belongs to something else."""
         self.path = path
-        head = json.dumps({"identity": identity}, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        self._answers: dict[str, Any] = {}
-        if lines[:1] == [head]:
-            whole = lines[1:-1]  # what follows the last line break was cut off
-            self._answers = {key: answer for key, answer in map(json.loads, whole)}
-            path.write_text("\n".join([head, *whole, ""]), encoding="utf-8")
-        else:
-            path.write_text(head + "\n", encoding="utf-8")
+        check_journal(path, identity)
+        head, *rest = _whole_lines(path) or [json.dumps({"identity": identity}, sort_keys=True)]
+        self._answers: dict[str, Any] = {key: answer for key, answer in map(json.loads, rest)}
+        path.write_text("\n".join([head, *rest, ""]), encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -42,6 +39,27 @@ class Journal:
             for key, answer in answers:
                 self._answers[key] = answer
                 file.write(json.dumps([key, answer]) + "\n")
+
+
+def check_journal(path: Path, identity: dict[str, Any]) -> None:
+    """Raises EvaluateError where a journal of other settings is."""
+    lines = _whole_lines(path)
+    if lines:
+        check_identity(path, json.loads(lines[0]).get("identity"), identity)
+
+
+def check_identity(path: Path, there: Any, here: dict[str, Any]) -> None:
+    """Raises EvaluateError, naming what differs, where a file's settings are not these."""
+    there = there if isinstance(there, dict) else {}
+    other = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if other:
+        told = "; ".join(f"{key} is {there.get(key)!s:.40} there and {here.get(key)!s:.40} here" for key in other)
+        raise EvaluateError(f"{path} is of another evaluation: {told}. Choose another output=..., or move it away")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, if there is one; what follows the last line break was cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
 
 
 def request_key(kind: str, *parts: Any) -> str:

@@ -89,7 +89,6 @@ def _with_bos(config: Config, tokenizer: Tokenizer) -> bool:
     if not Path(f"{prefix}.json").is_file():
         raise EvaluateError(
             f"{prefix}.json, the manifest of the training files, is not here, so it is not known whether documents "
-            "began "
-            "with BOS; say bos=true or bos=false"
+            "began with BOS; say bos=true or bos=false"
         )
     return trained_with_bos(config.data)

@@ -61,8 +61,7 @@ class DlaModel(TemplateLM):
         decode_rows: int = 16,
         progress: bool = False,
     ) -> None:
-        """max_length: most tokens of a context with its answer. Raises EvaluateError for a tokenizer of another "
-        "model."""
+        """max_length: most tokens of a context with its answer. Raises EvaluateError for another model's tokenizer."""
         super().__init__()
         check_tokenizer(model, tokenizer, bos)
         self.model, self.own_tokenizer, self.max_length = model.eval(), tokenizer, max_length
@@ -117,8 +116,7 @@ class DlaModel(TemplateLM):
             self.max_length, self.journal = before, None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation in nats, whether greedy decoding gives it) of each (context, "
-        "continuation)."""
+        """(nats of the continuation, whether greedy decoding gives it) of each (context, continuation)."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -173,9 +171,8 @@ class DlaModel(TemplateLM):
         self.counts.requests += 1
         if not continuation or len(continuation) > self.max_length:
             raise EvaluateError(
-                f"a continuation of {len(continuation)} tokens cannot be scored in max_length={self.max_length}; it "
-                "must "
-                "have from 1 to max_length tokens"
+                f"a continuation of {len(continuation)} tokens cannot be scored in max_length={self.max_length}; "
+                "raise max_length to its tokens"
             )
         whole = context + continuation
         self._count_dropped(len(whole) - (self.max_length + 1))
@@ -249,8 +246,7 @@ def check_tokenizer(model: LanguageModel, tokenizer: Tokenizer, bos: bool) -> No
     if tokenizer.vocab_size > model.model_config.vocab_size:
         raise EvaluateError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model {model.model_config.vocab_size}; "
-            "give the "
-            "tokenizer that the model was trained with"
+            "give the tokenizer that the model was trained with"
         )
     if bos and tokenizer.bos_id is None:
         raise EvaluateError(f"bos=true, but tokenizer {tokenizer.name} has no BOS; set bos=false")

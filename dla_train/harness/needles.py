@@ -138,8 +138,7 @@ def _generator() -> tuple[Any, str, str]:
 
 
 def install_sentences() -> None:
-    """Let NLTK find Punkt's parameters, empty ones where none are installed; importing lm_eval's module looks for "
-    "them."""
+    """Let NLTK find Punkt's parameters, empty ones where there are none; lm_eval looks for them when imported."""
     import nltk
 
     try:

@@ -53,9 +53,8 @@ def build_task(unit: Unit, config: EvaluateConfig, needles: Needles | None) -> T
     except (DatasetsError, OSError) as error:
         raise EvaluateError(
             f"{entry.name}: its data set {entry.hub} cannot be loaded ({str(error).splitlines()[0]}); name local "
-            "copies "
-            f"with data_dir=..., or where there is a network run: dla-evaluate fetch suite=all tasks=[{entry.name}] "
-            "data_dir=..."
+            "copies with data_dir=..., or write them where there is a network: dla-evaluate fetch suite=all "
+            f"tasks=[{entry.name}] data_dir=..."
         ) from error
 
 

@@ -16,7 +16,14 @@ from dla_train.train import train
 from tests.harness.local_data import write_local_data
 from tests.train.runs import TINY, write_corpus
 
-KINDS = (("mamba2", "dla"), ("gated_deltanet", "dla"), ("gated_deltanet", "log_linear"), ("attention", "none"))
+KINDS = (
+    ("mamba2", "dla"),
+    ("mamba2", "fixed"),
+    ("gated_deltanet", "dla"),
+    ("gated_deltanet", "log_linear"),
+    ("gated_deltanet", "single"),
+    ("attention", "none"),
+)
 """Backbones and policies that decode in different ways."""
 
 
@@ -87,10 +94,9 @@ def small() -> Callable[[str, str], LanguageModel]:
             mlp_width=20,
             conv_width=0 if attention else 4,
         )
-        reads = {"none": "unit", "log_linear": "slot"}
-        memory = MemoryConfig(
-            policy=policy, capacity=12 if policy == "log_linear" else 4, read=reads.get(policy, "content")
-        )
+        reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
+        capacity = {"single": 1, "log_linear": 12}.get(policy, 4)
+        memory = MemoryConfig(policy=policy, capacity=capacity, read=reads.get(policy, "content"), interval_tokens=3)
         made = init_weights(LanguageModel(model, memory), 0)
         generator = torch.Generator().manual_seed(1)
         for name, tensor in made.state_dict().items():
