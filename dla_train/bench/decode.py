@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from dla_train.bench.cpu import environment, measure_in_turn
 from dla_train.config import MemoryConfig, ModelConfig
@@ -223,7 +224,10 @@ def page(results: dict[str, Any]) -> str:
         held = {line["context"]: line["cache_bytes"] for line in results["decode"] if line["arm"] == arm}
         lines.append(f"| {arm} | {' | '.join(f'{held[context]:,}' for context in contexts)} |")
     lines += ["", "* cache filled with random keys and values instead of by a prefill.", *_check_line(results)]
-    lines += ["", "| prefill, tokens a second | " + " | ".join(f"to {_short(c)}" for c in contexts) + " |"]
+    lines += [
+        "",
+        "| prefill, tokens a second of processor time | " + " | ".join(f"to {_short(c)}" for c in contexts) + " |",
+    ]
     lines += ["|---" * (len(contexts) + 1) + "|"]
     for arm in ARMS:
         speeds = {line["to"]: f"{line['tokens_per_second']:,.0f}" for line in results["prefill"] if line["arm"] == arm}
@@ -271,6 +275,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axes, label in zip(panels, ("milliseconds of one core a token", "MiB of caches"), strict=True):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
         axes.set_xlabel("context (tokens)")
         axes.set_title(label, fontsize=10, loc="left")
