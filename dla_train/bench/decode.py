@@ -5,7 +5,8 @@ it has kept. Caches come from a real prefill in chunks. Attention's prefill grow
 beyond `--attention-prefill` tokens its cache is filled with random keys and values, which take as long to read; at the
 longest context that has both they are timed beside each other.
 
-Writes decode.json, decode.md and a picture.
+Times are processor time of one thread: what an idle machine would take on the clock, and on a shared one far steadier
+than the clock. Writes decode.json, decode.md and a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from dla_train.bench.cpu import environment, measure_in_turn
 from dla_train.config import MemoryConfig, ModelConfig
@@ -39,7 +41,8 @@ ARMS: dict[str, tuple[str, MemoryConfig]] = {
     "Transformer": ("attention", MemoryConfig(policy="none", read="unit")),
 }
 """Backbone and memory of every measured model."""
-COLOURS = ("tab:red", "tab:orange", "tab:blue", "tab:cyan", "0.35")
+LINES = (("tab:red", "o-"), ("tab:orange", "o-"), ("tab:blue", "x--"), ("tab:cyan", "x--"), ("0.35", "s-"))
+"""Colour and line of each."""
 FLAT = 1.15
 """Largest ratio of the longest context's time to the shortest's that counts as flat on a shared machine."""
 
@@ -61,11 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dla_train.bench decode", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded in a round (default %(default)s)")
     parser.add_argument("--longest", type=int, default=65536, help="longest context (default %(default)s)")
     parser.add_argument("--attention-prefill", type=int, default=8192, help="tokens attention reads in earnest")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     results = measure(options.longest, options.attention_prefill, rounds=options.rounds, steps=options.steps)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -138,9 +142,9 @@ def _prefilled(
     caches, done = model.empty_caches(1, contexts[-1] + steps), 0
     places, speeds = list[Place](), list[dict[str, Any]]()
     for context in contexts:
-        started = time.perf_counter()
+        started = time.process_time()
         _, caches = prefill(model, tokens[:, done:context], caches)
-        speed = (context - done) / (time.perf_counter() - started)
+        speed = (context - done) / (time.process_time() - started)
         speeds.append({"arm": arm, "from": done, "to": context, "tokens_per_second": speed})
         places.append(Place(arm, context, False, model, _kept(caches, context + steps)))
         done = context
@@ -180,10 +184,10 @@ def _decode(place: Place, steps: int) -> float:
         else:
             caches.append(cache.take(torch.tensor([0])))
     token = torch.tensor([1])
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(steps):
         token = place.model.step(token, caches).argmax(-1)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def growth(results: dict[str, Any], arm: str) -> list[float]:
@@ -204,8 +208,8 @@ def page(results: dict[str, Any]) -> str:
         "Made by `python -m dla_train.bench decode`; numbers in decode.json.",
         "",
         f"{env['shape']}, random weights; torch {env['torch']}, {env['threads']} threads, Python {env['python']}. "
-        f"Milliseconds a token, medians of {results['rounds']} rounds of {results['steps']} tokens, all timed in turn "
-        f"in each. The ratio is taken in each round: median, least to most; a median of at most {FLAT} is flat.",
+        f"Milliseconds of processor time a token: medians of {results['rounds']} rounds of {results['steps']} tokens, "
+        f"timed in turn. The ratio is taken in each round: median, least to most; a median of at most {FLAT} is flat.",
         "",
         f"| ms a token at | {' | '.join(_short(c) for c in contexts)} | longest / shortest | flat |",
         "|---" * (len(contexts) + 3) + "|",
@@ -220,7 +224,10 @@ def page(results: dict[str, Any]) -> str:
         held = {line["context"]: line["cache_bytes"] for line in results["decode"] if line["arm"] == arm}
         lines.append(f"| {arm} | {' | '.join(f'{held[context]:,}' for context in contexts)} |")
     lines += ["", "* cache filled with random keys and values instead of by a prefill.", *_check_line(results)]
-    lines += ["", "| prefill, tokens a second | " + " | ".join(f"to {_short(c)}" for c in contexts) + " |"]
+    lines += [
+        "",
+        "| prefill, tokens a second of processor time | " + " | ".join(f"to {_short(c)}" for c in contexts) + " |",
+    ]
     lines += ["|---" * (len(contexts) + 1) + "|"]
     for arm in ARMS:
         speeds = {line["to"]: f"{line['tokens_per_second']:,.0f}" for line in results["prefill"] if line["arm"] == arm}
@@ -256,18 +263,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Time and bytes against the context."""
     figure = Figure(figsize=(9.5, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for arm, colour in zip(ARMS, COLOURS, strict=True):
+    for arm, (colour, line) in zip(ARMS, LINES, strict=True):
         lines = {line["context"]: line for line in results["decode"] if line["arm"] == arm}
         contexts = sorted(lines)
         times = [lines[context]["milliseconds"] for context in contexts]
         middle = [statistics.median(rounds) for rounds in times]
-        panels[0].plot(contexts, middle, "o-", color=colour, markersize=4, label=arm)
+        panels[0].plot(contexts, middle, line, color=colour, markersize=4, label=arm)
         panels[0].fill_between(contexts, [min(r) for r in times], [max(r) for r in times], color=colour, alpha=0.15)
-        panels[1].plot(contexts, [lines[c]["cache_bytes"] / 2**20 for c in contexts], "o-", color=colour, markersize=4)
+        panels[1].plot(contexts, [lines[c]["cache_bytes"] / 2**20 for c in contexts], line, color=colour, markersize=4)
     ticks = sorted({line["context"] for line in results["decode"]})
-    for axes, label in zip(panels, ("milliseconds a token", "MiB of caches"), strict=True):
+    for axes, label in zip(panels, ("milliseconds of one core a token", "MiB of caches"), strict=True):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
         axes.set_xlabel("context (tokens)")
         axes.set_title(label, fontsize=10, loc="left")

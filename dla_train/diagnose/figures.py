@@ -42,7 +42,7 @@ def plot_perplexity_by_length(found: Comparison, trained: Sequence[int], title: 
 def _panels(title: str) -> tuple[Figure, tuple[Axes, Axes]]:
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    upper.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     return figure, (upper, lower)
 
 
@@ -52,9 +52,9 @@ def _draw(
     colours = dict(zip(found.arms, COLOURS * len(found.arms), strict=False))
     for axes, lines in ((upper, found.arms), (lower, found.differences)):
         for name, line in lines.items():
-            label = name if axes is upper else f"{name} - {reference}"
-            axes.plot(places, line.mean, marker=marker, markersize=4, linewidth=1.5, color=colours[name], label=label)
-            axes.fill_between(places, line.low, line.high, color=colours[name], alpha=0.18, linewidth=0)
+            axes.plot(places, line.mean, marker=marker, markersize=4, linewidth=1.5, color=colours[name], label=name)
+            alpha = 0.1 if axes is upper else 0.2  # documents differ more than arms do: these bands lie on one another
+            axes.fill_between(places, line.low, line.high, color=colours[name], alpha=alpha, linewidth=0)
     lower.axhline(0, color=colours[reference], linewidth=1.2)
 
 
@@ -68,13 +68,12 @@ def _dress(upper: Axes, lower: Axes, found: Quantity, trained: Sequence[int], la
             if axes is upper:
                 axes.annotate(
                     "trained to here",
-                    (context, 1.0),
+                    (context, 0.0),
                     xycoords=("data", "axes fraction"),
                     textcoords="offset points",
-                    xytext=(4, -4),
+                    xytext=(4, 4),
                     fontsize=8,
                     color="0.3",
-                    va="top",
                 )
     _limit(upper, found.arms)
     _limit(lower, found.differences, include=0.0)
@@ -85,7 +84,7 @@ def _dress(upper: Axes, lower: Axes, found: Quantity, trained: Sequence[int], la
     ticks = ticks[(len(ticks) - 1) % step :: step]
     lower.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else str(tick) for tick in ticks])
     lower.set_xlabel(label)
-    upper.legend(fontsize=9, loc="upper right")
+    upper.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderpad=0)
 
 
 def _limit(axes: Axes, lines: Mapping[str, Means], include: float | None = None) -> None:

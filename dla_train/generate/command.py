@@ -131,10 +131,10 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     """Every prompt that was given, in the order of the options. Raises GenerationError for an empty one."""
     texts = list(options.prompt) + [_read(name) for name in options.prompt_file]
     if options.prompts is not None:
-        lines = _read(options.prompts).splitlines()
-        texts += [_unescaped(line) for line in lines if line.strip()]
+        lines = [line for line in _read(options.prompts).splitlines() if line.strip()]
         if not lines:
             raise GenerationError(f"--prompts={options.prompts} has no lines; write a prompt on each")
+        texts += [_unescaped(line) for line in lines]
     elif not texts:
         texts = [_read("-")]
     empty = next((number for number, text in enumerate(texts) if not text), None)

@@ -63,8 +63,7 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens [B] int64 of probabilities [B, vocab], at numbers [B] in [0, 1); never one of probability 0."""
+    """Tokens [B] int64 of probabilities [B, vocab], at float64 numbers [B] in [0, 1); never one of probability 0."""
     reached = probabilities.double().cumsum(-1)
-    total = reached[:, -1:]
-    wanted = torch.minimum(uniform.to(reached)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    wanted = uniform.to(reached)[:, None] * reached[:, -1:]  # below the last: u < 1 rounds away from it
     return torch.searchsorted(reached, wanted, right=True)[:, 0]
