@@ -27,6 +27,8 @@ def test_every_configuration_file_is_packaged() -> None:
     taken = {path for pattern in data["dla_train.configs"] for path in (ROOT / "configs").glob(pattern)}
     assert taken == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
     assert taken
+    tables = {path for pattern in data["dla_train.harness"] for path in (ROOT / "dla_train/harness").glob(pattern)}
+    assert tables == {path for path in (ROOT / "dla_train").rglob("*.yaml")} != set()
     recipes = {path for pattern in data["data_prep"] for path in (ROOT / "data_prep").glob(pattern)}
     assert (
         recipes

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dla_train.harness.catalogue import TaskEntry
 from dla_train.harness.errors import EvaluateError
@@ -66,11 +67,15 @@ def read_haystack(path: Path) -> str:
         raise EvaluateError(f"haystack={path} is not UTF-8 text ({error}); give a text file") from error
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        return open(path, encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise _unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise EvaluateError(f"{path} is not UTF-8 text ({error}); {_fetch(path)}") from error
 
 
 def _document(path: Path, number: int, line: str, columns: Sequence[str]) -> dict[str, Any]:

@@ -14,24 +14,27 @@ from matplotlib.figure import Figure
 
 ROWS = 10
 """Depths in the picture."""
+COLUMNS = 3
+"""Panels beside each other."""
 
 
 def write_heat_map(output: Path, results: dict[str, dict[str, Any]]) -> None:
     """Write needles.npz ({task}_length, _depth, _hit: an entry a needle) and needles.png into `output`."""
     found = _points(output, results)
-    arrays = {f"{task}_{name}": array for task, columns in found.items() for name, array in columns.items()}
+    arrays = {f"{task}_{name}": array for task, points in found.items() for name, array in points.items()}
     np.savez(output / "needles.npz", allow_pickle=False, **arrays)
-    figure = Figure(figsize=(4 * len(found), 3.6), layout="constrained")
-    lengths = sorted({int(length) for columns in found.values() for length in columns["length"]})
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    image = None
-    for axes, (task, columns) in zip(panels, found.items(), strict=True):
-        grid = shares(columns["length"], columns["depth"], columns["hit"], lengths)
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", extent=(0, len(lengths), 100, 0))
+    lengths = sorted({int(length) for points in found.values() for length in points["length"]})
+    shape = (-(-len(found) // COLUMNS), min(len(found), COLUMNS))
+    figure = Figure(figsize=(4 * shape[1], 3.2 * shape[0]), layout="constrained")
+    panels = list(figure.subplots(*shape, squeeze=False).flat)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    for axes, (task, points) in zip(panels, found.items(), strict=False):
+        grid = shares(points["length"], points["depth"], points["hit"], lengths)
+        image = axes.imshow(grid, vmin=0, vmax=1, aspect="auto", extent=(0, len(lengths), 100, 0))
         axes.set_xticks(np.arange(len(lengths)) + 0.5, [_short(length) for length in lengths])
         axes.set(title=task, xlabel="tokens", ylabel="depth (%)")
-    assert image is not None
-    figure.colorbar(image, ax=list(panels), label="needles found")
+    figure.colorbar(image, ax=panels, label="needles found")
     figure.savefig(output / "needles.png", dpi=120)
 
 

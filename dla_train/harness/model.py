@@ -213,7 +213,7 @@ class DlaModel(TemplateLM):
             tail = self.own_tokenizer.decode(tokens[-TAIL_TOKENS:])
             return any(stop in tail for stop in until if stop)
 
-        yield from answers(self.model, prompts, new_tokens, done, batch_tokens=self.batch_tokens, rows=self.decode_rows)
+        yield from answers(self.model, prompts, new_tokens, done, rows=self.decode_rows)
 
     def _text(self, tokens: list[int], until: tuple[str, ...]) -> str:
         end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)

@@ -55,7 +55,7 @@ class EvaluateConfig:
     """Most tokens of a prompt with its answer, longer ones lose their beginning; None is the run's
     data.context_tokens. Needle tasks have their own lengths."""
     batch_tokens: int = 16384
-    """Tokens, padding included, that go through the model at once."""
+    """Tokens, padding included, that are scored at once."""
     decode_rows: int = 16
     """Answers generated at once; each holds a memory of its own."""
     bos: bool | None = None

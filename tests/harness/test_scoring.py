@@ -45,12 +45,16 @@ def test_scores_in_batches_of_1_and_of_8_are_those_of_each_row_alone(small, back
 def test_a_continuation_is_greedy_only_if_every_token_is_the_likeliest(small):
     model = small("mamba2", "dla")
     inputs = token_rows([9])[0]
-    with torch.no_grad():
-        first = int(model(torch.tensor([inputs])).logits[0, -1].argmax())
-        second = int(model(torch.tensor([[*inputs, first]])).logits[0, -1].argmax())
-    wrong = (second + 1) % 310
-    right, bad = Request((*inputs, first), (first, second)), Request((*inputs, first), (first, wrong))
-    half = Request((*inputs, wrong), (wrong, second))
+
+    def likeliest(*tokens):
+        with torch.no_grad():
+            return int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+
+    first = likeliest(*inputs)
+    second, wrong = likeliest(*inputs, first), (first + 1) % 310
+    right = Request((*inputs, first), (first, second))
+    bad = Request((*inputs, first), (first, (second + 1) % 310))
+    half = Request((*inputs, wrong), (wrong, likeliest(*inputs, wrong)))
     assert [found.greedy for found in scored(model, [right, bad, half], 100)] == [True, False, False]
 
 

@@ -123,6 +123,9 @@ def test_absent_and_damaged_local_copies_are_named_with_the_way_to_get_them(data
             path.write_text(content)
         with pytest.raises(EvaluateError, match=message):
             build_task(Unit(task_entry("piqa")), config, None)
+    path.write_bytes(b'{"goal": "\xff"}')
+    with pytest.raises(EvaluateError, match="validation.jsonl is not UTF-8 text"):
+        build_task(Unit(task_entry("piqa")), config, None)
 
 
 def test_without_local_copies_or_a_network_the_error_says_what_to_do(monkeypatch, no_network):
