@@ -21,9 +21,10 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"run_log"},
     {"loop"},
     {"train", "generate", "runs"},
-    {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
+    {"quickstart", "bench", "plan_run", "inspect_data"},
     {"doctor"},
     {"launch"},
+    {"sweep"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from dla_train.hydra_app import MISTAKE, compose
 from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record
 from dla_train.launch.settings import PROGRAMS, LauncherConfig, load_launcher, split
-from dla_train.launch.slurm import job_script
+from dla_train.launch.slurm import SubmitError, job_script, submit, try_submission
 from dla_train.start_clock import process_began, starting
 
 USAGE = """usage: dla-launch [--dry-run] [launcher=torchrun|slurm|FILE.yaml] [launcher.key=value ...] [run's settings]
@@ -48,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry = "--dry-run" in given
     try:
         return launch([argument for argument in given if argument != "--dry-run"], dry=dry)
-    except (ConfigError, LaunchError, MeetingError, OSError) as error:
+    except (ConfigError, LaunchError, MeetingError, SubmitError, OSError) as error:
         print(f"dla-launch: error: {error}", file=sys.stderr)
         return MISTAKE
 
@@ -113,20 +111,13 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
 
 
 def _submit(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
-    text = job_script(launcher, config, run, sys.executable, folder)
+    text = job_script(launcher, config.name, Path(config.run_dir), run, sys.executable, folder / "slurm-%j.log")
     if dry:
         print(text, end="")
         return 0
-    if shutil.which("sbatch") is None:
-        raise LaunchError(
-            "launcher.kind=slurm needs sbatch, which is not on this machine's path; log in to the cluster"
-        )
+    try_submission(text)  # before anything is written
     path = write_record(folder, config, launcher, text, "job.sh")
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr or done.stdout).strip()
-        raise LaunchError(f"sbatch refused the job: {reason}. The script is {path}; mend launcher.* and launch again")
-    job = done.stdout.strip().split(";")[0]
+    job = submit(path)
     print(f"job {job} is queued; its log is {folder}/slurm-{job}.log, its state `squeue -j {job}` and status.json")
     return 0
 
