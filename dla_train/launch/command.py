@@ -18,6 +18,7 @@ from dla_train.config_rules import validate
 from dla_train.doctor.command import preflight
 from dla_train.doctor.command import split as split_doctor
 from dla_train.doctor.findings import OK, failed
+from dla_train.doctor.machine import check_devices
 from dla_train.hydra_app import MISTAKE, compose
 from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record
@@ -71,6 +72,8 @@ def launch(arguments: Sequence[str], *, dry: bool) -> int:
 def _check_first(launcher: LauncherConfig, config: Config) -> None:
     """Refuse what would fail for a reason that can be seen from here."""
     found = preflight(config, launcher.nodes * launcher.ranks_per_node)
+    if launcher.kind == "torchrun":  # a batch system's nodes are not this machine
+        found.append(check_devices(config, launcher.ranks_per_node))
     wrong = [finding.line() for finding in found if finding.state != OK]
     if failed(found):
         told = "\n".join(wrong)
@@ -81,11 +84,6 @@ def _check_first(launcher: LauncherConfig, config: Config) -> None:
 
 def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
     """torchrun in this process's place, so that signals reach it."""
-    if config.train.device == "cuda" and launcher.ranks_per_node > (devices := _devices()):
-        raise LaunchError(
-            f"launcher.ranks_per_node={launcher.ranks_per_node} is more than the {devices} GPU(s) of this machine; "
-            f"set it to {devices} or less"
-        )
     restarts = launcher.restarts if launcher.program == "train" else 0
     meeting = meet(launcher.endpoint) if launcher.nodes > 1 else None
     place = meeting.arguments(launcher.nodes, config.name, launcher.join_seconds) if meeting else ["--standalone"]
@@ -105,6 +103,10 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
     script = f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())} || exit 1\nexec env {text}"
     path = write_record(folder, config, launcher, script, "run.sh")
     print(f"{launcher.ranks_per_node} rank(s) are started by {path}", flush=True)
+    if meeting:
+        rule = f"{launcher.join_seconds} s (launcher.join_seconds), then torchrun ends with RendezvousTimeoutError"
+        mend = "start the same command on all, with the same endpoint"
+        print(f"{launcher.nodes} machines meet at {launcher.endpoint}, within {rule}: {mend}", flush=True)
     now = time.time()
     environment |= starting(("dla-launch", process_began() or now), ("torchrun", now))
     os.execve(command[0], command, os.environ | environment)
