@@ -288,6 +288,8 @@ class LoggingConfig:
     """Also log to Weights & Biases; falls back to offline, and says so."""
     wandb_project: str = "dla-train"
     """Project name there."""
+    wandb_group: str = ""
+    """Group of runs there; a sweep gives its name. "" is none."""
     wandb_init_timeout_seconds: float = 30.0
     """How long to try online before going offline."""
     peak_tflops: float = 0.0

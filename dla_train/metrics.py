@@ -97,6 +97,7 @@ class WeightsAndBiases:
         start: dict[str, Any] = {
             "project": config.logging.wandb_project,
             "name": config.name,
+            "group": config.logging.wandb_group or None,
             "id": wandb_run_id(config.run_dir),
             "resume": "allow",
             "dir": config.run_dir,

@@ -23,9 +23,10 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"loop"},
     {"train", "generate", "diagnose", "runs"},
     {"harness"},
-    {"sweep", "quickstart", "bench", "plan_run", "inspect_data"},
+    {"quickstart", "bench", "plan_run", "inspect_data"},
     {"doctor"},
     {"launch"},
+    {"sweep"},
 )
 LEVEL = {component: level for level, layer in enumerate(LAYERS) for component in layer}
 DOORS = {  # third party: path prefixes that may import it

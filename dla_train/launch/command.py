@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,11 +18,12 @@ from dla_train.config_rules import validate
 from dla_train.doctor.command import preflight
 from dla_train.doctor.command import split as split_doctor
 from dla_train.doctor.findings import OK, failed
+from dla_train.doctor.machine import check_devices
 from dla_train.hydra_app import MISTAKE, compose
 from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record
 from dla_train.launch.settings import PROGRAMS, LauncherConfig, load_launcher, split
-from dla_train.launch.slurm import job_script
+from dla_train.launch.slurm import SubmitError, job_script, submit, try_submission
 from dla_train.start_clock import process_began, starting
 
 USAGE = """usage: dla-launch [--dry-run] [launcher=torchrun|slurm|FILE.yaml] [launcher.key=value ...] [run's settings]
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dry = "--dry-run" in given
     try:
         return launch([argument for argument in given if argument != "--dry-run"], dry=dry)
-    except (ConfigError, LaunchError, MeetingError, OSError) as error:
+    except (ConfigError, LaunchError, MeetingError, SubmitError, OSError) as error:
         print(f"dla-launch: error: {error}", file=sys.stderr)
         return MISTAKE
 
@@ -73,6 +72,8 @@ def launch(arguments: Sequence[str], *, dry: bool) -> int:
 def _check_first(launcher: LauncherConfig, config: Config) -> None:
     """Refuse what would fail for a reason that can be seen from here."""
     found = preflight(config, launcher.nodes * launcher.ranks_per_node)
+    if launcher.kind == "torchrun":  # a batch system's nodes are not this machine
+        found.append(check_devices(config, launcher.ranks_per_node))
     wrong = [finding.line() for finding in found if finding.state != OK]
     if failed(found):
         told = "\n".join(wrong)
@@ -83,11 +84,6 @@ def _check_first(launcher: LauncherConfig, config: Config) -> None:
 
 def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
     """torchrun in this process's place, so that signals reach it."""
-    if config.train.device == "cuda" and launcher.ranks_per_node > (devices := _devices()):
-        raise LaunchError(
-            f"launcher.ranks_per_node={launcher.ranks_per_node} is more than the {devices} GPU(s) of this machine; "
-            f"set it to {devices} or less"
-        )
     restarts = launcher.restarts if launcher.program == "train" else 0
     meeting = meet(launcher.endpoint) if launcher.nodes > 1 else None
     place = meeting.arguments(launcher.nodes, config.name, launcher.join_seconds) if meeting else ["--standalone"]
@@ -107,26 +103,23 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
     script = f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())} || exit 1\nexec env {text}"
     path = write_record(folder, config, launcher, script, "run.sh")
     print(f"{launcher.ranks_per_node} rank(s) are started by {path}", flush=True)
+    if meeting:
+        rule = f"{launcher.join_seconds} s (launcher.join_seconds), then torchrun ends with RendezvousTimeoutError"
+        mend = "start the same command on all, with the same endpoint"
+        print(f"{launcher.nodes} machines meet at {launcher.endpoint}, within {rule}: {mend}", flush=True)
     now = time.time()
     environment |= starting(("dla-launch", process_began() or now), ("torchrun", now))
     os.execve(command[0], command, os.environ | environment)
 
 
 def _submit(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
-    text = job_script(launcher, config, run, sys.executable, folder)
+    text = job_script(launcher, config.name, Path(config.run_dir), run, sys.executable, folder / "slurm-%j.log")
     if dry:
         print(text, end="")
         return 0
-    if shutil.which("sbatch") is None:
-        raise LaunchError(
-            "launcher.kind=slurm needs sbatch, which is not on this machine's path; log in to the cluster"
-        )
+    try_submission(text)  # before anything is written
     path = write_record(folder, config, launcher, text, "job.sh")
-    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr or done.stdout).strip()
-        raise LaunchError(f"sbatch refused the job: {reason}. The script is {path}; mend launcher.* and launch again")
-    job = done.stdout.strip().split(";")[0]
+    job = submit(path)
     print(f"job {job} is queued; its log is {folder}/slurm-{job}.log, its state `squeue -j {job}` and status.json")
     return 0
 

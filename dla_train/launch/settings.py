@@ -77,11 +77,16 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, [argument for argument in arguments if argument not in own]
 
 
-def load_launcher(overrides: Sequence[str]) -> LauncherConfig:
-    """The settings of `launcher=...` and `launcher.key=value`. Raises ConfigError, naming the nearest key."""
+def load_launcher(overrides: Sequence[str], *, ranks_per_node: int = 0) -> LauncherConfig:
+    """The settings of `launcher=...` and `launcher.key=value`. Raises ConfigError, naming the nearest key.
+
+    ranks_per_node: where it is not given.
+    """
     chosen = [o.removeprefix("launcher=") for o in overrides if o.startswith("launcher=")]
     values = _file(chosen[-1] if chosen else "torchrun")
     values.merge_with(_given(overrides))
+    if ranks_per_node and "ranks_per_node" not in values:
+        values["ranks_per_node"] = ranks_per_node
     names = [field.name for field in fields(LauncherConfig)]
     for key in values:
         if key not in names:

@@ -8,12 +8,16 @@ up to a limit. A run that ends in any other way ends the job, with torchrun's ex
 from __future__ import annotations
 
 import shlex
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from dla_train.config import Config
 from dla_train.launch.settings import PROGRAMS, LauncherConfig
 from dla_train.resilience.exit_codes import STATUS_FILE
+
+STAY_FILE = "stay_stopped"
+"""In run_dir: the job, once it was asked to stop, is not queued again."""
 
 SCRIPT = """#!/usr/bin/env bash
 {directives}
@@ -24,7 +28,7 @@ export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
 export DLA_STARTED="srun and torchrun=$(date +%s.%N)"
 status={status}
 echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
-rm -f "$status"
+rm -f "$status" {stay}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port={port}
 
@@ -53,6 +57,10 @@ state=$(grep -o '"state": "[a-z]*"' "$status" 2> /dev/null | cut -d '"' -f 4)
 [ "$state" = finished ] && exit 0
 # one that comes before the first step finds nothing to save
 if [ "$state" = stopped ] || {{ [ -n "$asked" ] && [ "$state" != diverged ]; }}; then
+    if [ -e {stay} ]; then
+        echo "$(date +%FT%T) ${{state:-not begun}}; it stays so"
+        exit 75
+    fi
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
         echo "$(date +%FT%T) ${{state:-not begun}}; queued again"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60
@@ -64,13 +72,45 @@ exit "$code"
 """
 
 
-def job_script(launcher: LauncherConfig, config: Config, run: Sequence[str], python: str, folder: Path) -> str:
-    """The batch script that runs the program with the settings `run`; logs go to `folder`."""
+class SubmitError(RuntimeError):
+    """SLURM does not take the job."""
+
+
+def submit(script: Path) -> str:
+    """Queue a batch script; the number of the job. Raises SubmitError with SLURM's reason."""
+    return _sbatch([str(script)], None).strip().split(";")[0]
+
+
+def try_submission(text: str) -> None:
+    """Ask SLURM whether it would take a batch script; nothing is queued. Raises SubmitError with its reason."""
+    _sbatch(["--test-only"], text)
+
+
+def _sbatch(arguments: Sequence[str], text: str | None) -> str:
+    if shutil.which("sbatch") is None:
+        mend = "log in to the cluster, or use launcher=torchrun"
+        raise SubmitError(f"launcher.kind=slurm needs sbatch, which is not on this machine's path; {mend}")
+    done = subprocess.run(["sbatch", "--parsable", *arguments], input=text, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip()
+        raise SubmitError(f"sbatch refused the job: {reason}; mend launcher.* and try again")
+    return done.stdout
+
+
+def job_script(
+    launcher: LauncherConfig, name: str, run_dir: Path, run: Sequence[str], python: str, output: Path
+) -> str:
+    """The batch script that runs the program with the settings `run`, for the run `name` in `run_dir`.
+
+    output: file of its log, with sbatch's %j for the job's number.
+    """
+    state = run_dir.resolve() if launcher.program == "train" else output.parent  # a run's own state is left alone
     return SCRIPT.format(
-        directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, config, folder)),
+        directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, name, output)),
         setup=launcher.setup.strip() or "# launcher.setup adds lines here",
         save_seconds=launcher.save_seconds,
-        status=shlex.quote(str(_status(launcher, config, folder))),
+        status=shlex.quote(str(state / STATUS_FILE)),
+        stay=shlex.quote(str(state / STAY_FILE)),
         container=f" --container-image={shlex.quote(launcher.container)}" if launcher.container else "",
         python=shlex.quote(python),
         ranks=launcher.ranks_per_node,
@@ -83,14 +123,9 @@ def job_script(launcher: LauncherConfig, config: Config, run: Sequence[str], pyt
     )
 
 
-def _status(launcher: LauncherConfig, config: Config, folder: Path) -> Path:
-    """Where the program says how it ended: a run in run_dir, others nowhere."""
-    return (Path(config.run_dir).resolve() if launcher.program == "train" else folder) / STATUS_FILE
-
-
-def _directives(launcher: LauncherConfig, config: Config, folder: Path) -> list[str]:
+def _directives(launcher: LauncherConfig, name: str, output: Path) -> list[str]:
     lines = [
-        f"--job-name={config.name}",
+        f"--job-name={name}",
         f"--nodes={launcher.nodes}",
         "--ntasks-per-node=1",
         f"--cpus-per-task={launcher.cpus_per_rank * launcher.ranks_per_node}",
@@ -98,7 +133,7 @@ def _directives(launcher: LauncherConfig, config: Config, folder: Path) -> list[
         f"--signal=B:USR1@{launcher.warn_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={folder}/slurm-%j.log",
+        f"--output={output}",
     ]
     if launcher.gpus:
         lines.append(f"--gpus-per-node={launcher.ranks_per_node}")

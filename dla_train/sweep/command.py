@@ -2,6 +2,7 @@
 
   dla-sweep sweep=tau_capacity experiment=quickstart              # start it; the same command again goes on
   dla-sweep sweep=my.yaml sweep.seeds=[0,1,2] sweep.parallel=4 experiment=... train.steps=500
+  dla-sweep sweep=... launcher=slurm launcher.partition=gpu sweep.ranks=8 experiment=...   # a job each, all at once
   dla-sweep list sweep=learning_rate experiment=...               # check and show the points, start nothing
   dla-sweep resume FOLDER [sweep.parallel=2]                      # go on with the command that started it
   dla-sweep report FOLDER                                         # write report.html and report.md (also while it runs)
@@ -27,9 +28,11 @@ from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config, ConfigError
 from dla_train.hydra_app import MISTAKE
+from dla_train.launch.settings import load_launcher
+from dla_train.launch.slurm import SubmitError
 from dla_train.resilience.exit_codes import STOPPED
 from dla_train.sweep.definition import SweepConfig, check_sweep, read_sweep, sweep_from_dict
-from dla_train.sweep.launchers import available_cores, local_launcher
+from dla_train.sweep.launchers import Launcher, available_cores, local_launcher
 from dla_train.sweep.outcomes import forget_outcome, read_outcome
 from dla_train.sweep.points import (
     Point,
@@ -44,6 +47,7 @@ from dla_train.sweep.points import (
 from dla_train.sweep.report import write_report
 from dla_train.sweep.results import SWEEP_FILE, read_results
 from dla_train.sweep.runner import SweepRun
+from dla_train.sweep.slurm_launcher import slurm_launcher
 from dla_train.sweep.tpe import Study
 
 FAILED = 1
@@ -69,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         if arguments[0] == "resume":
             return start(*_stored(arguments[1:]))
         return start(*read_sweep(arguments))
-    except (ConfigError, RunDirectoryError, OSError) as error:
+    except (ConfigError, RunDirectoryError, SubmitError, OSError) as error:
         print(f"dla-sweep: error: {error}", file=sys.stderr)
         return MISTAKE
 
@@ -77,8 +81,7 @@ def run(arguments: Sequence[str]) -> int:
 def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
     """Check everything, run what has not been run, write the report. Raises ConfigError before anything is started."""
     points, configs = checked_points(sweep, overrides)
-    on_cpu = all(config.train.device == "cpu" for config in configs.values())
-    launcher = local_launcher(sweep.parallel, sweep.ranks, on_cpu=on_cpu)
+    launcher = _launcher(sweep, configs)
     folder = Path(sweep.folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _take_lock(folder)
@@ -91,7 +94,8 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
         began = time.monotonic()
         places, sweep_run = launcher.free(), SweepRun(sweep, overrides, launcher, study)
         complete = sweep_run.run(points, configs)
-        _say_use(time.monotonic() - began, sweep_run.busy_seconds, places)
+        if not sweep.launcher:
+            _say_use(time.monotonic() - began, sweep_run.busy_seconds, places)
     finally:
         lock.release()
     outcomes = [read_outcome(point.folder(folder)) for point in read_points(folder)]
@@ -112,6 +116,17 @@ def checked_points(sweep: SweepConfig, overrides: Sequence[str]) -> tuple[list[P
         settings += swept_settings(sweep)
     points = points_of(sweep, overrides, settings)
     return points, check_points(sweep, points)
+
+
+def _launcher(sweep: SweepConfig, configs: dict[str, Config]) -> Launcher:
+    """Where points run. Raises ConfigError."""
+    if sweep.launcher:
+        settings = load_launcher(sweep.launcher, ranks_per_node=sweep.ranks)
+        if settings.kind != "slurm":
+            raise ConfigError("launcher=torchrun is what points get on this machine by sweep.ranks; leave launcher out")
+        return slurm_launcher(settings, sweep.name, sweep.parallel, sweep.ranks)
+    on_cpu = all(config.train.device == "cpu" for config in configs.values())
+    return local_launcher(sweep.parallel, sweep.ranks, on_cpu=on_cpu)
 
 
 def _take_lock(folder: Path) -> RunLock:

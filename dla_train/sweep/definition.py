@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
 from dla_train.hydra_app import GROUPS, config_directory, setting_names, unknown_setting
+from dla_train.launch.settings import split
 
 Scalar = bool | int | float | str | None
 
@@ -64,6 +65,8 @@ class SweepConfig:
     """Starts of a point that crashes, is killed or hangs, before it counts as failed."""
     retry_failed: bool = False
     """Start failed points again."""
+    launcher: list[str] = field(default_factory=list)
+    """The words `launcher=slurm launcher.key=value ...` of the command line; without, points run on this machine."""
 
 
 CHOICES = {
@@ -105,6 +108,7 @@ def read_sweep(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     for word in words:
         if word.startswith("sweep."):
             _set(values, word.removeprefix("sweep."))
+    values["launcher"], words = split(words)
     sweep = sweep_from_dict(values)
     overrides = [word for word in words if not word.startswith(("sweep=", "sweep."))]
     check_sweep(sweep, overrides)

@@ -171,7 +171,8 @@ class SweepRun:
         run_dir = point.folder(self.folder)
         stamp = status_stamp(run_dir)
         self._starts[point.name] = self._starts.get(point.name, 0) + 1
-        quiet = [word for word in ("logging.progress=false",) if not _given(point, "logging.progress")]
+        own = {"logging.progress": "false", "logging.wandb_group": quoted(self.sweep.name)}
+        quiet = [f"{key}={value}" for key, value in own.items() if not _given(point, key)]
         job = self.launcher.start(run_dir, [*point.overrides, f"run_dir={quoted(str(run_dir))}", *quiet])
         self._active.append(_Active(point, job, stamp, time.monotonic()))
         self._say(f"{point.name} {'goes on' if stamp else 'starts'}")

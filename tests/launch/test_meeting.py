@@ -1,12 +1,27 @@
 """Where machines meet: whose port it is, and what is refused before torchrun starts."""
 
 import socket
+from pathlib import Path
 
 import pytest
+import torch
 
+from dla_train.checkpoint.run_lock import RunLock
 from dla_train.launch.command import main
 from dla_train.launch.meeting import MeetingError, meet
 from tests.faults.processes import free_port
+from tests.train.runs import TINY, run_python, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def words(corpus: list[str], tmp_path: Path) -> list[str]:
+    """A run that two ranks can do."""
+    return [*TINY, *corpus, "train.micro_batch_rows=2", f"run_dir={tmp_path}/run"]
 
 
 def test_a_machine_that_owns_the_address_keeps_the_store() -> None:
@@ -36,3 +51,36 @@ def test_a_port_in_use_and_an_unknown_host_are_refused_with_the_mend(capsys: pyt
         assert "choose another port" in told
     with pytest.raises(MeetingError, match="is not known here"):
         meet("no-such-host.invalid:29500")
+
+
+def test_a_machine_that_waits_in_vain_says_for_what_and_ends(words: list[str]) -> None:
+    place = [f"launcher.endpoint=127.0.0.1:{free_port()}", "launcher.nodes=2", "launcher.join_seconds=2"]
+    done = run_python(["-m", "dla_train.launch.command", *place, "launcher.ranks_per_node=1", *words])
+    assert done.returncode == 1 and "RendezvousTimeoutError" in done.stderr
+    assert "2 machines meet at 127.0.0.1" in done.stdout and "within 2 s (launcher.join_seconds)" in done.stdout
+
+
+def test_more_ranks_than_devices_are_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = {"is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda: "GPU"}
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 7))
+    assert main([*words, "launcher.ranks_per_node=2"]) == 2
+    told = capsys.readouterr().err
+    assert "fewer than the 2 ranks here" in told and "launcher.ranks_per_node" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_in_use_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    lock = RunLock(tmp_path / "run")
+    try:
+        assert main([*words, "launcher.ranks_per_node=2"]) == 2
+    finally:
+        lock.release()
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert not (tmp_path / "run/launches").exists()

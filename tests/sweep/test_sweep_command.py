@@ -15,9 +15,13 @@ from dla_train.checkpoint.run_lock import RunLock
 from dla_train.runs import main as dla_runs
 from dla_train.runs import read_run
 from dla_train.sweep.command import run
+from dla_train.sweep.outcomes import read_outcome
 from dla_train.sweep.points import read_points
 from tests.sweep.conftest import SWEPT
 from tests.train.runs import ROOT, numbers_of
+
+SEARCH_SEED = "sweep.sampler_seed=9"
+"""With it the search tries a learning rate, then a lower one, at which the loss falls more slowly at every step."""
 
 
 @pytest.fixture
@@ -150,3 +154,24 @@ def test_mistakes_end_in_one_paragraph_and_2(arguments: list[str], message: str,
 def test_the_help_is_shown(capsys) -> None:
     assert run(["--help"]) == 0 and run([]) == 2
     assert "dla-sweep report FOLDER" in capsys.readouterr().out
+
+
+def test_a_search_stops_a_real_run_that_lies_behind_and_keeps_it_as_pruned(
+    corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dla_train.sweep.tpe.STARTUP_TRIALS", 1)
+    monkeypatch.setattr("dla_train.sweep.runner.PRUNE_SECONDS", 0.1)
+    monkeypatch.setattr("dla_train.sweep.launchers.available_cores", lambda: 1)  # two threads cost a tiny run time
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+    file = tmp_path / "search.yaml"
+    file.write_text("sampler: tpe\naxes: {optim.lr: {low: 1.0e-8, high: 1.0e-2, log: true}}\nbudget: 2\nprune: true\n")
+    own = {word.partition("=")[0] for word in [*corpus, "optim.lr=1"]}
+    swept = [word for word in SWEPT if word.partition("=")[0] not in own]
+    runs = [*swept, *corpus, "train.steps=60", "logging.interval_steps=10"]
+    assert run([f"sweep={file}", f"sweep.folder={tmp_path}/sweep", "sweep.parallel=1", SEARCH_SEED, *runs]) == 0
+    first, second = read_points(tmp_path / "sweep")
+    assert first.trial == 0 and first.values["optim.lr"] > second.values["optim.lr"]
+    good, bad = (read_outcome(point.folder(tmp_path / "sweep")) for point in (first, second))
+    assert good and good.state == "finished" and good.step == 60 and good.value
+    assert bad and bad.state == "pruned" and 0 < bad.step < 60 and "above the median" in bad.reason
+    assert (second.folder(tmp_path / "sweep") / f"checkpoints/step_{bad.step:08d}/COMPLETE").is_file()

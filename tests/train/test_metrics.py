@@ -94,12 +94,13 @@ def test_wandb_without_a_network_goes_offline_and_says_so(
 
     def unreachable(mode: str | None = None, **start: object) -> object:
         modes.append(mode)
+        assert start["group"] == "a sweep"
         if mode is None:
             raise wandb.errors.CommError("no network")
         return real_init(mode=mode, **start)
 
     monkeypatch.setattr(wandb, "init", unreachable)
-    config = tiny("logging.wandb=true", f"run_dir={tmp_path}")
+    config = tiny("logging.wandb=true", "logging.wandb_group=a sweep", f"run_dir={tmp_path}")
     with caplog.at_level(logging.WARNING, logger="dla_train"):
         sink = WeightsAndBiases(config)
     sink.write(1, {"loss": 1.0})
