@@ -5,7 +5,7 @@
   dla-diagnose runs=[runs/dla@1000,runs/dla] names=[early,late]       # two checkpoints of one run
 
 Writes diagnostics.json, .npz and .md, loss_by_position.png and perplexity_by_length.png into `output`. Exit code 0, or
-2 after a mistake that is explained. Settings:
+2 after a mistake that is explained. Settings and defaults (meanings: dla_train/diagnose/settings.py):
 """
 
 from __future__ import annotations

@@ -53,12 +53,16 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None = None)
         scores = torch.where(seen, penalised, scores)
     if sampling.temperature == 0:
         return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
-    scores, order = (scores / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    scores = scores / sampling.temperature
+    if not sampling.top_k and sampling.top_p == 1:
+        return scores.softmax(-1)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         scores[:, sampling.top_k :] = -torch.inf
-    probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = probabilities.masked_fill(before >= sampling.top_p, 0.0) if sampling.top_p < 1 else probabilities
+    kept = scores.softmax(-1)
+    if sampling.top_p < 1:
+        before = kept.cumsum(-1) - kept
+        kept = kept.masked_fill(before >= sampling.top_p, 0.0)
     return torch.zeros_like(kept).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
 
 
