@@ -5,6 +5,7 @@ says what is promised and what this does not cover.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warm()
     with tempfile.TemporaryDirectory() as folder:
         plans = list(short_plan() if options.short else plan(options.kills, options.rounds))
-        outcomes = run(Path(folder), plans, options.seed)
+        outcomes = run(Path(folder), plans, options.seed, 0 if options.short else options.kills)
     options.output.mkdir(parents=True, exist_ok=True)
     record = {"seed": options.seed, "ranks": trials.RANKS, "steps": trials.STEPS, "faults": summary(outcomes)}
     (options.output / "faults.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -65,16 +66,24 @@ def warm() -> None:
     _parallel_state()
 
 
-def run(folder: Path, plans: Sequence[Plan], seed: int) -> list[Outcome]:
-    """Every trial."""
+def run(folder: Path, plans: list[Plan], seed: int, kills: int) -> list[Outcome]:
+    """Every trial, and up to twice the trials of kills while fewer than `kills` met a run that was not yet finished."""
     from tests.train.runs import write_corpus
 
     corpus = write_corpus(folder / "corpus")
-    wholes = {
-        layout: trials.uninterrupted(folder / f"whole_{i}", corpus, layout) for i, layout in enumerate(dict(plans))
-    }
-    outcomes = []
-    for number, (layout, hurt) in enumerate(tqdm(plans, desc="faults", mininterval=5)):
+    wholes: dict[str, tuple[Trial, float]] = {}
+    outcomes: list[Outcome] = []
+    most = len(plans) + kills // KILLS_A_RUN
+    bar = tqdm(total=len(plans), desc="faults", mininterval=5)
+    for number in itertools.count():
+        if number == len(plans):
+            if number == most or sum(o.injected for o in outcomes if o.fault == trials.KILLED_RANK) >= kills:
+                break
+            plans.append(kill_plan(number))
+            bar.total = len(plans)
+        layout, hurt = plans[number]
+        if layout not in wholes:
+            wholes[layout] = trials.uninterrupted(folder / f"whole_{len(wholes)}", corpus, layout)
         whole, seconds = wholes[layout]
         trial = Trial(folder / str(number), corpus, layout)
         try:
@@ -83,14 +92,15 @@ def run(folder: Path, plans: Sequence[Plan], seed: int) -> list[Outcome]:
             outcomes.append(Outcome("broken trial", layout, wrong=[f"{number}: {error!r}"]))
         if outcomes[-1].survived:
             trial.remove()
+        bar.update()
+    bar.close()
     return outcomes
 
 
 def plan(kills: int, rounds: int) -> Iterator[Plan]:
     """(layout, trial) of the whole suite."""
     layouts = list(LAYOUTS)
-    for number in range(-(-kills // KILLS_A_RUN)):
-        yield layouts[number % len(layouts)], lambda t, w, s, d: trials.kills(t, w, s, KILLS_A_RUN, d)
+    yield from (kill_plan(number) for number in range(-(-kills // KILLS_A_RUN)))
     for turn in range(rounds):
         layout = layouts[turn % len(layouts)]
         yield layout, trials.launcher_kill
@@ -101,6 +111,11 @@ def plan(kills: int, rounds: int) -> Iterator[Plan]:
                 yield layout, lambda t, w, s, d, kind=kind, how=how: trials.damage(t, w, kind, how, d)
         for fault in PLANTED:
             yield layout, lambda t, w, s, d, fault=fault: trials.planted(t, w, fault, d)
+
+
+def kill_plan(number: int) -> Plan:
+    """Several kills of one run, in a layout by turns."""
+    return list(LAYOUTS)[number % len(LAYOUTS)], lambda t, w, s, d: trials.kills(t, w, s, KILLS_A_RUN, d)
 
 
 def short_plan() -> Iterator[Plan]:

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "ZeRO 1, data 2": ("engine=deepspeed", "engine.zero_stage=1"),
     "ZeRO 3, data 2": ("engine=deepspeed", "engine.zero_stage=3"),
 }
+KILLED_RANK = "SIGKILL of a rank"
 START_SECONDS = 60.0
 """Longest wait for a job to end by itself."""
 
@@ -121,7 +122,7 @@ def uninterrupted(folder: Path, corpus: Sequence[str], layout: str) -> tuple[Tri
 
 def kills(trial: Trial, whole: Trial, seconds: float, count: int, dice: random.Random) -> Outcome:
     """SIGKILL to a random rank at a random moment, `count` times, each followed by a start."""
-    outcome = Outcome("SIGKILL of a rank", trial.layout)
+    outcome = Outcome(KILLED_RANK, trial.layout)
     for _ in range(count):
         outcome.starts += 1
         job = trial.start()
