@@ -16,7 +16,7 @@ TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
-install: $(STAMP)  ## Make .venv and install everything, with the tested versions (constraints.txt)
+install: $(STAMP)  ## Make .venv with the tested versions (constraints.txt)
 
 # torch goes first and alone, because deepspeed's build imports it; deepspeed's own operators are not built (DS_BUILD_OPS=0)
 $(STAMP): pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev]'
 	@touch $(STAMP)
 
-quickstart: $(STAMP)  ## Corpus, tokenizer, training, resume, evaluation, samples and pictures, on this machine's CPU
+quickstart: $(STAMP)  ## A whole small run on this CPU, from corpus to samples
 	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.quickstart
 
 test: $(STAMP)  ## Run the test suite on the CPU
@@ -38,16 +38,16 @@ test: $(STAMP)  ## Run the test suite on the CPU
 test-gpu: $(STAMP)  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
-test-multigpu: $(STAMP)  ## Compare training on all CUDA devices (1, 2, 4, 8) with training on one
+test-multigpu: $(STAMP)  ## Compare training on all CUDA devices with one
 	$(BIN)/python -m pytest -q -m gpu tests/parallel
 
-test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs in every way (20 minutes); writes docs/results/
+test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs (20 minutes)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m tests.faults.suite --output docs/results --rounds 4
 
-test-slurm: $(STAMP)  ## Run dla-launch on a SLURM of this machine (Debian: apt install slurm-wlm munge; as root)
+test-slurm: $(STAMP)  ## dla-launch and dla-sweep on a SLURM of this machine (root)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m slurm
 
-test-hosts: $(STAMP)  ## Run on two hosts of this machine that lose each other (network namespaces; as root)
+test-hosts: $(STAMP)  ## Two hosts of this machine that lose each other (root)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m hosts
 
 check: $(STAMP)  ## Lint, formatting and types
@@ -55,16 +55,16 @@ check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## Measure speed side by side, the kernels too where there is a GPU; writes docs/results/
+bench: $(STAMP)  ## Measure speed side by side; writes docs/results/
 	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.bench
 
-bench-train: $(STAMP)  ## Measure training steps of the paper's models on one GPU; writes docs/results/
+bench-train: $(STAMP)  ## Measure training steps on one GPU; writes docs/results/
 	$(BIN)/python -m dla_train.bench training
 	$(BIN)/python -m dla_train.bench render
 
-kernel-report: $(STAMP)  ## Compile every Triton kernel for sm80 and sm90 (no GPU needed); writes docs/results/
+kernel-report: $(STAMP)  ## Compile every Triton kernel for sm80 and sm90, GPU or not
 	PYTHONPATH=kernels $(BIN)/python -m dla_kernels.build_report --output docs/results
 
-clean:  ## Remove build products and caches (keeps .venv, runs and data)
+clean:  ## Remove build products and caches
 	rm -rf build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

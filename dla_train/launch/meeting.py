@@ -39,7 +39,9 @@ class Meeting:
 
     def arguments(self, nodes: int, name: str, join_seconds: int) -> list[str]:
         """For torchrun."""
-        store = f"is_host={int(self.keeps_store)},join_timeout={join_seconds}"
+        # read_timeout is also how long a machine waits for the store, whose own machine may start later
+        waits = f"join_timeout={join_seconds},read_timeout={join_seconds}"
+        store = f"is_host={int(self.keeps_store)},{waits}"
         return [
             *(f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={name}"),
             *(f"--rdzv-conf={store}", f"--local-addr={self.address}"),

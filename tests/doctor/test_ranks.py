@@ -121,6 +121,11 @@ def test_another_product_a_slow_link_and_wrong_sums_are_told_by_rank() -> None:
     assert all(finding.state == OK for finding in changed(1, send_seconds=0.15))
 
 
+def test_links_between_hosts_are_compared_with_one_another() -> None:
+    facts = [dataclasses.replace(rank, send_seconds=0.5 if index % 2 else 0.1) for index, rank in enumerate(FACTS)]
+    assert [finding.state for finding in judged(facts, 10**8)] == [OK]
+
+
 def test_findings_of_many_ranks_are_told_once_or_with_their_ranks() -> None:
     same, other = Finding("versions", OK, "torch 2.13"), Finding("versions", OK, "torch 2.6")
     data = Finding("data", OK, "3 shards")  # looked at once a machine

@@ -27,7 +27,7 @@ def words(corpus: list[str], tmp_path: Path) -> list[str]:
 def test_a_machine_that_owns_the_address_keeps_the_store() -> None:
     meeting = meet(f"127.0.0.1:{free_port()}")
     assert (meeting.keeps_store, meeting.address, meeting.interface) == (True, "127.0.0.1", "lo")
-    assert "--rdzv-conf=is_host=1,join_timeout=9" in meeting.arguments(2, "tiny", 9)
+    assert "--rdzv-conf=is_host=1,join_timeout=9,read_timeout=9" in meeting.arguments(2, "tiny", 9)
     assert "--local-addr=127.0.0.1" in meeting.arguments(2, "tiny", 9)
 
 

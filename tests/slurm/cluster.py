@@ -40,8 +40,11 @@ KillWait=20
 JobRequeue=1
 SchedulerParameters=sched_interval=2,bf_interval=2
 MinJobAge=300
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={host} MaxTime=INFINITE OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF
 """
 
 

@@ -75,6 +75,22 @@ def test_slurm_warns_before_the_time_limit_and_the_job_saves_and_queues_itself_a
     assert status is None or (status["state"] == "stopped" and complete_steps(tmp_path / "run/checkpoints"))
 
 
+def test_a_job_that_another_preempts_saves_and_goes_on_when_that_has_ended(
+    cluster: Cluster, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = [*TINY, *corpus, "train.micro_batch_rows=2", f"train.steps={STEPS}", f"run_dir={tmp_path}/run"]
+    number = submit(cluster, run, monkeypatch, capsys)
+    wait_for_step(tmp_path / "run", 5)
+    cluster.run("sbatch", "--partition=urgent", "--output=/dev/null", "--wrap=sleep 2")
+    job = cluster.wait(number, ENDED, 250)
+    log = next((tmp_path / "run/launches").glob("*/slurm-*.log")).read_text()
+    assert job["JobState"] == "COMPLETED" and int(job["Restarts"]) >= 1, log[-3000:]
+    # within GraceTime SLURM sends SIGTERM to the step, past the batch shell
+    assert "SIGTERM: the run stops and is saved" in log and "stopped; queued again" in log
+    assert "continues after step" in log
+    assert [step for (step,) in numbers_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
 def test_a_job_that_fails_is_reported_as_failed_and_not_queued_again(
     cluster: Cluster, corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
