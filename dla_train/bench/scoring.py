@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m dla_train.bench scoring", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=3_000, help="tokens of a set of requests (default %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a batch (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=12_000, help="tokens of a set of requests (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of a batch (default %(default)s)")
     options = parser.parse_args(arguments)
     measured = [
         measure(model, memory, kind, options.tokens, options.batch_tokens, options.rounds)

@@ -47,11 +47,11 @@ def _once(path: Path, pieces: Callable[[], Iterable[str]]) -> list[Path]:
     if path.is_file():
         print(f"{path} is there")
         return []
+    made = pieces()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        for piece in pieces():
-            file.write(piece)
+        file.writelines(made)
     os.replace(partial, path)
     print(f"{path} written ({path.stat().st_size:,} bytes)")
     return [path]

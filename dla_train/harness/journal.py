@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ class Journal:
     """Answers by a hash of the request's tokens."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """Read what is there, or begin. Raises EvaluateError where what is there belongs to something else."""
+        """Read what is there, or begin. Raises EvaluateError where it belongs to something else or is damaged."""
         self.path = path
         check_journal(path, identity)
-        head, *rest = _whole_lines(path) or [json.dumps({"identity": identity}, sort_keys=True)]
-        self._answers: dict[str, Any] = {key: answer for key, answer in map(json.loads, rest)}
-        path.write_text("\n".join([head, *rest, ""]), encoding="utf-8")
+        lines = _whole_lines(path)
+        self._answers: dict[str, Any] = dict(_parsed(path, line, list) for line in lines[1:])
+        if lines:
+            os.truncate(path, sum(len(line) + 1 for line in lines))
+        else:
+            path.write_text(json.dumps({"identity": identity}, sort_keys=True) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -45,7 +49,7 @@ def check_journal(path: Path, identity: dict[str, Any]) -> None:
     """Raises EvaluateError where a journal of other settings is."""
     lines = _whole_lines(path)
     if lines:
-        check_identity(path, json.loads(lines[0]).get("identity"), identity)
+        check_identity(path, _parsed(path, lines[0], dict).get("identity"), identity)
 
 
 def check_identity(path: Path, there: Any, here: dict[str, Any]) -> None:
@@ -57,9 +61,19 @@ def check_identity(path: Path, there: Any, here: dict[str, Any]) -> None:
         raise EvaluateError(f"{path} is of another evaluation: {told}. Choose another output=..., or move it away")
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _parsed(path: Path, line: bytes, kind: type) -> Any:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise EvaluateError(f"{path} is damaged ({error}); remove it, and its requests are asked again") from error
+    if not isinstance(value, kind):
+        raise EvaluateError(f"{path} is damaged ({line[:40]!r}); remove it, and its requests are asked again")
+    return value
+
+
+def _whole_lines(path: Path) -> list[bytes]:
     """The lines of a file, if there is one; what follows the last line break was cut off."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def request_key(kind: str, *parts: Any) -> str:

@@ -98,7 +98,8 @@ def write_local_data(folder: Path, documents: int = 3, few_shot: bool = False) -
             if split is not None:
                 path = folder / entry.name / f"{split}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [json.dumps(document(entry.name, number)) for number in range(documents)]
+                first = 0 if split == entry.split else 5  # solved examples are others
+                lines = [json.dumps(document(entry.name, first + number)) for number in range(documents)]
                 path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     haystack = folder / HAYSTACK
     haystack.parent.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,9 @@ def test_fetch_writes_what_an_evaluation_reads_and_goes_on_where_it_was_cut_off(
             return Dataset.from_list([{"text": "One essay."}, {"text": "Another."}])
         return Dataset.from_list([document(by_hub[hub, subset], number) for number in range(2)])
 
+    def refuse(hub, subset, *, split):
+        raise EvaluateError("no network")
+
     config = compose(["run=none", "suite=all", f"data_dir={tmp_path}"])
     written = fetch(config, load)
     assert len(written) == len(asked) == 8 + 6 + 12 + 1
@@ -79,6 +82,10 @@ def test_fetch_writes_what_an_evaluation_reads_and_goes_on_where_it_was_cut_off(
     asked.clear()
     assert fetch(config, load) == [victim] and asked == [("baber/piqa", None, "validation")]
     assert victim.read_text() == before
+    monkeypatch.setattr(fetch_module, "_load_dataset", refuse)
+    with pytest.raises(EvaluateError, match="no network"):
+        fetch(compose(["run=none", "tasks=[piqa]", f"data_dir={tmp_path}/absent"]))
+    assert not (tmp_path / "absent").exists()
     few = compose(["run=none", "tasks=[piqa]", "num_fewshot=1", f"data_dir={tmp_path}"])
     assert fetch(few, load) == [tmp_path / "piqa/train.jsonl"]
 

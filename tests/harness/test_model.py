@@ -57,7 +57,7 @@ def test_an_empty_context_is_bos_or_for_a_model_trained_without_it_eos(make, tok
     assert value == pytest.approx(likelihood(model, [first, *tokens], len(tokens)), rel=RELATIVE[torch.float32])
 
 
-def test_what_is_too_long_loses_its_beginning_and_is_counted(make, tokenizer):
+def test_what_is_too_long_loses_its_beginning_and_is_counted(make, tokenizer, monkeypatch):
     model = make(max_length=10)
     context, continuation = TEXTS[2], " line 3"
     ((value, _),) = model.loglikelihood(asked("loglikelihood", (context, continuation)))
@@ -65,10 +65,15 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(make, tokenizer):
     count = len(whole) - 1 - len(tokenizer.encode(context))
     assert value == pytest.approx(likelihood(model, whole[-11:], count), rel=RELATIVE[torch.float32])
     assert (model.counts.truncated, model.counts.dropped_tokens) == (1, len(whole) - 11)
-    model.counts.truncated = 0
-    model.generate_until(
-        asked("generate_until", (context, {"until": [], "max_gen_toks": 4}), ("x", {"max_gen_toks": 4}))
+    model.counts.truncated, given = 0, []
+    monkeypatch.setattr(
+        "dla_train.harness.model.answers",
+        lambda lm, prompts, new, done, rows: given.extend(prompts) or [list(enumerate([[5]] * len(prompts)))],
     )
+    model.generate_until(
+        asked("generate_until", *[(text, {"until": [], "max_gen_toks": 4}) for text in (context, "x")])
+    )
+    assert given[0] == tuple(model.tok_encode(context)[-6:])
     assert model.counts.truncated == 1
 
 
@@ -125,6 +130,11 @@ def test_a_torn_line_is_left_out_and_a_journal_of_something_else_is_kept(tmp_pat
     assert Journal(path, {"a": 1}).get("m") == 3
     with pytest.raises(EvaluateError, match="j is of another evaluation: a is 1 there and 2 here"):
         Journal(path, {"a": 2})
+    kept = path.read_text()
+    for damaged in ("\0\0\n", kept.replace('["l",', '["l"'), kept + "3\n"):
+        path.write_text(damaged)
+        with pytest.raises(EvaluateError, match="j is damaged .* remove it"):
+            Journal(path, {"a": 1})
     path.write_text('{"identity": {"a"')  # killed while it began
     assert len(Journal(path, {"a": 2})) == 0
     assert json.loads(path.read_text()) == {"identity": {"a": 2}}

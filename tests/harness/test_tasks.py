@@ -88,6 +88,8 @@ def test_prompts_are_lm_evals_on_the_local_documents_with_solved_examples_where_
     document = read_documents(data / "piqa/validation.jsonl", [])[0]
     (context, continuation), *_ = [request.args for request in task.instances]
     assert context.endswith(f"Question: {document['goal']}\nAnswer:") and context.count("Answer:") == 3
+    solved = [example["goal"] for example in read_documents(data / "piqa/train.jsonl", [])]
+    assert sum(f"Question: {goal}\n" in context for goal in solved) == 2
     assert continuation == f" {document['sol1']}"
 
 
