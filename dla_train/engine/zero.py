@@ -123,6 +123,8 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.module.destroy()
+        for parameter in self._bare_module.parameters():
+            vars(parameter).clear()  # stage 3 leaves its groups there
 
     def _divider(self, deepspeed: Any, mpu: ModelParallelUnit | None) -> Any:
         """What divides a part of the model over the ranks as soon as it has its values; None below stage 3."""

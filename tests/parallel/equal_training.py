@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import warnings
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -148,19 +149,19 @@ def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype=
     config = configuration(backbone, policy, json.loads(changes), axes, stage, dtype, rows)
     validate(config, dist.get_world_size())
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
-    engine = build_engine(config, meta_model(config, axes).train(), mesh)
-    stored = {getattr(p, "ds_tensor", p).dtype for p in engine.module.parameters()}
-    assert stored == {getattr(torch, config.engine.weights)}
-    if bug == "no gradients of other rows":
-        engine._sum.start = lambda: None
-        engine._sum.finish = lambda: None
-    if bug == "micro-batches averaged":
-        engine._loss_factor = axes.batch.size
-    if bug == "divided parameters unmarked":
-        for parameter in engine._bare_module.parameters():
-            parameter.tensor_model_parallel = False
-    actual, wanted = walk(engine, config, axes, packed), of_one_rank(backbone, policy, packed, changes, dtype, rows)
-    return compared(actual, wanted, config, axes, TRAINING[dtype]) | decisions(engine)
+    with closing(build_engine(config, meta_model(config, axes).train(), mesh)) as engine:
+        stored = {getattr(p, "ds_tensor", p).dtype for p in engine.module.parameters()}
+        assert stored == {getattr(torch, config.engine.weights)}
+        if bug == "no gradients of other rows":
+            engine._sum.start = lambda: None
+            engine._sum.finish = lambda: None
+        if bug == "micro-batches averaged":
+            engine._loss_factor = axes.batch.size
+        if bug == "divided parameters unmarked":
+            for parameter in engine._bare_module.parameters():
+                parameter.tensor_model_parallel = False
+        actual, wanted = walk(engine, config, axes, packed), of_one_rank(backbone, policy, packed, changes, dtype, rows)
+        return compared(actual, wanted, config, axes, TRAINING[dtype]) | decisions(engine)
 
 
 def compared(actual, wanted, config, axes, limit):
@@ -202,16 +203,16 @@ def initial_differences(axes, stage, weights):
     changes = {"engine.weights": weights, "memory.tau_control": "learned"}
     config = configuration("gated_deltanet", "dla", changes, axes, stage, weights)
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
-    engine = build_engine(config, meta_model(config, axes), mesh)
-    if stage < 0:
-        state = ((name.removeprefix("model/"), tensor) for name, tensor in module_tensors(engine.module))
-        state = ((name, whole_of(name, tensor, config.model, axes.tensor)) for name, tensor in state)
-    else:
-        state = ((n.removeprefix("model/"), t) for n, t in engine.export_state() if n.startswith("model/"))
-    found = {name: tensor.clone() for name, tensor in state}
-    expected = build_model(config, ranks.device).state_dict()
-    assert found.keys() == expected.keys()
-    return {"differ": "; ".join(name for name, tensor in expected.items() if not torch.equal(found[name], tensor))}
+    with closing(build_engine(config, meta_model(config, axes), mesh)) as engine:
+        if stage < 0:
+            state = ((name.removeprefix("model/"), tensor) for name, tensor in module_tensors(engine.module))
+            state = ((name, whole_of(name, tensor, config.model, axes.tensor)) for name, tensor in state)
+        else:
+            state = ((n.removeprefix("model/"), t) for n, t in engine.export_state() if n.startswith("model/"))
+        found = {name: tensor.clone() for name, tensor in state}
+        expected = build_model(config, ranks.device).state_dict()
+        assert found.keys() == expected.keys()
+        return {"differ": "; ".join(name for name, tensor in expected.items() if not torch.equal(found[name], tensor))}
 
 
 def poisoned(axes, stage, weights):
@@ -224,18 +225,18 @@ def poisoned(axes, stage, weights):
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
 
     def state_after(steps):
-        engine = build_engine(config, meta_model(config, axes).train(), mesh)
-        for step in steps:
-            poison = step == 2 and mesh.rank == 0
-            share = 4 // axes.data.size
-            tokens, targets, edges = rows_of(step, 4, packed=True)
-            for row in range(axes.data.rank * share, (axes.data.rank + 1) * share):
-                output = engine.module(tokens[row : row + 1], edges)
-                nats, _, count = engine.module.token_loss(output.logits, targets[row : row + 1])
-                engine.backward(nats / count * (float("nan") if poison else 1.0), last=row % share == share - 1)
-            result = engine.step(2e-3)
-            assert result.applied == (step != 2) == math.isfinite(result.grad_norm), (step, result)
-        return {name: tensor.clone() for name, tensor in engine.export_state() if not name.endswith("statistics")}
+        with closing(build_engine(config, meta_model(config, axes).train(), mesh)) as engine:
+            for step in steps:
+                poison = step == 2 and mesh.rank == 0
+                share = 4 // axes.data.size
+                tokens, targets, edges = rows_of(step, 4, packed=True)
+                for row in range(axes.data.rank * share, (axes.data.rank + 1) * share):
+                    output = engine.module(tokens[row : row + 1], edges)
+                    nats, _, count = engine.module.token_loss(output.logits, targets[row : row + 1])
+                    engine.backward(nats / count * (float("nan") if poison else 1.0), last=row % share == share - 1)
+                result = engine.step(2e-3)
+                assert result.applied == (step != 2) == math.isfinite(result.grad_norm), (step, result)
+            return {name: tensor.clone() for name, tensor in engine.export_state() if not name.endswith("statistics")}
 
     expected, found = state_after((1, 3)), state_after((1, 2, 3))
     return {"differ": "; ".join(name for name, tensor in expected.items() if not torch.equal(found[name], tensor))}

@@ -4,6 +4,7 @@
 ends the rank, and with it the run: the other ranks may be waiting for this one in a collective.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -35,12 +36,23 @@ def main() -> None:
             axes = start_axes(check["tensor"], check["context"], check["sequence"])
             result = getattr(module, check["function"])(axes, **check["arguments"])
             end_axes(axes)
+            end_groups_of_engines()
         except Exception:
             Path(f"{written}.failed").write_text(traceback.format_exc())
             raise
         torch.save(result, f"{written}.part")
         Path(f"{written}.part").rename(f"{written}.pt")  # another rank's failure may end this one at any moment
     dist.destroy_process_group()
+
+
+def end_groups_of_engines() -> None:
+    """Destroy the groups that DeepSpeed's engines made: hundreds of them, with their threads, would slow every rank."""
+    gc.collect()
+    gc.freeze()  # what lives on, such as imported modules, is not looked at again
+    deepspeed = sys.modules.get("deepspeed.comm.comm")
+    made = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+    for group in made:
+        (deepspeed or dist).destroy_process_group(group)
 
 
 if __name__ == "__main__":
