@@ -276,10 +276,16 @@ def _check_context(config: Config) -> None:
     if memory.chunk_tokens > max(rounded, CHUNKS[0]):
         rule = f"is longer than data.context_tokens={context}"
         _reject("memory.chunk_tokens", memory.chunk_tokens, rule, "choose 0 (automatic) or a shorter chunk")
-    if memory.policy == "log_linear" and context > 2 ** (memory.capacity - 1):
-        rule = f"bounds log_linear at {2 ** (memory.capacity - 1)} tokens, below data.context_tokens={context}"
+    longest = longest_context(memory)
+    if longest is not None and context > longest:
+        rule = f"bounds log_linear at {longest} tokens, below data.context_tokens={context}"
         mend = f"set memory.capacity={(context - 1).bit_length() + 1} or more"
         _reject("memory.capacity", memory.capacity, rule, mend)
+
+
+def longest_context(memory: MemoryConfig) -> int | None:
+    """Most tokens of a document that the memory can read: a Fenwick tree has a level a slot. None is no limit."""
+    return 2 ** (memory.capacity - 1) if memory.policy == "log_linear" else None
 
 
 def _check_schedule(config: Config) -> None:

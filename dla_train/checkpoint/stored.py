@@ -17,6 +17,7 @@ from typing import Any
 from dla_train.checkpoint.errors import CheckpointError, DamagedError
 from dla_train.checkpoint.folders import find_checkpoints
 from dla_train.checkpoint.manifest import (
+    MARKER,
     TRAINER,
     Manifest,
     check_file,
@@ -43,6 +44,11 @@ class StoredCheckpoint:
         """
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder, step)
+
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, which holds the sha256 of every file: what tells this checkpoint from every other."""
+        return (self.folder / MARKER).read_text(encoding="utf-8").split()[0]
 
     def verify(self, names: Sequence[str] | None = None, progress: Callable[[int], object] | None = None) -> None:
         """Hash the named files (default: all) in a few threads. Raises DamagedError for the first that differs."""

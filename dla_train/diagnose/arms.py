@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from dla_train.checkpoint import open_step
 from dla_train.config import Config, ConfigError
+from dla_train.config_rules import longest_context
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.tokenizer import Tokenizer, load_tokenizer
 from dla_train.diagnose.scoring import Documents, choose_documents, document_losses
@@ -46,8 +46,7 @@ def open_arms(settings: DiagnoseConfig) -> list[Arm]:
     for place in settings.runs:
         run, step = _run_and_step(place)
         checkpoint, chosen = open_step(run, step)
-        digest = hashlib.sha256((checkpoint.folder / "manifest.json").read_bytes()).hexdigest()
-        found.append((run, chosen, stored_config(checkpoint), digest))
+        found.append((run, chosen, stored_config(checkpoint), checkpoint.sha256))
     names = settings.names or _names([(config.name, step) for _, step, config, _ in found])
     return [Arm(name, *arm) for name, arm in zip(names, found, strict=True)]
 
@@ -89,9 +88,10 @@ def open_documents(settings: DiagnoseConfig, arms: Sequence[Arm]) -> tuple[Token
         raise ConfigError(f"data=[] and {arms[0].name} has no data.validation; name token files with data=[PREFIX]")
     for arm in arms:
         memory = arm.config.memory
-        if memory.policy == "log_linear" and context > 2 ** (memory.capacity - 1):
+        longest = longest_context(memory)
+        if longest is not None and context > longest:
             raise ConfigError(
-                f"context_tokens={context} is more than the {2 ** (memory.capacity - 1)} that the log_linear memory of "
+                f"context_tokens={context} is more than the {longest} that the log_linear memory of "
                 f"{arm.name} (memory.capacity={memory.capacity}) holds; lower it, or leave {arm.name} out"
             )
     vocabulary = min(arm.config.model.vocab_size for arm in arms)
@@ -101,7 +101,7 @@ def open_documents(settings: DiagnoseConfig, arms: Sequence[Arm]) -> tuple[Token
 
 def losses_of(arm: Arm, documents: Documents, settings: DiagnoseConfig) -> NDArray[np.float32]:
     """[N, T] nats of one arm, nan where a document has no target. Raises CheckpointError."""
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, "device")
     model, _, _ = load_model(arm.run, arm.step, device, dtype=settings.dtype or None)
     rows = list[NDArray[np.float32]]()
     batches = document_losses(model, documents, batch_rows=settings.batch_rows, chunk_tokens=settings.chunk_tokens)

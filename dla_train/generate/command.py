@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> None:
     StopStrings(stops)
     chosen = _chosen_heads(options.show_memory)
     texts = _prompts(options)
-    model, config, step = load_model(options.run, options.step, pick_device(options.device))
+    model, config, step = load_model(options.run, options.step, pick_device(options.device, "--device"))
     tokenizer = load_tokenizer(config.data.tokenizer)
     begins = options.bos if options.bos is not None else trained_with_bos(config.data)
     bos = [tokenizer.bos_id] if tokenizer.bos_id is not None and begins else []

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dla_train.config_rules import longest_context
 from dla_train.generate.errors import GenerationError
 from dla_train.generate.sampling import Sampling, distribution, draw
 from dla_train.models.language_model import LanguageModel
@@ -126,6 +127,7 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         rule = "max_new_tokens must be at least 0 and batch_rows at least 1"
         raise GenerationError(f"max_new_tokens={max_new_tokens}, batch_rows={batch_rows}: {rule}")
     vocab_size, memory = model.model_config.vocab_size, model.memory_config
+    longest = longest_context(memory)
     for number, prompt in enumerate(prompts):
         which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
         if not prompt:
@@ -135,10 +137,10 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
             rule = f"outside the model's vocabulary of {vocab_size}"
             raise GenerationError(f"{which} has tokens {wrong[:4]} {rule}; use the run's tokenizer")
         needed = len(prompt) + max_new_tokens
-        if memory.policy == "log_linear" and needed > 2 ** (memory.capacity - 1):
+        if longest is not None and needed > longest:
             raise GenerationError(
                 f"{which} has {len(prompt)} tokens, with {max_new_tokens} new ones more than the "
-                f"{2 ** (memory.capacity - 1)} that a log_linear memory of memory.capacity={memory.capacity} holds; "
+                f"{longest} that a log_linear memory of memory.capacity={memory.capacity} holds; "
                 "shorten it, or ask for fewer new tokens"
             )
 

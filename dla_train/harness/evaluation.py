@@ -20,11 +20,12 @@ from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import ConfigError
+from dla_train.config_rules import longest_context
 from dla_train.harness.documents import HAYSTACK, check_first, file_hash, local_files, read_haystack
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.heat_map import write_heat_map
 from dla_train.harness.journal import Journal, check_identity, check_journal
-from dla_train.harness.loading import OpenedRun, longest_context, open_run
+from dla_train.harness.loading import OpenedRun, open_run
 from dla_train.harness.needles import TASKS, Needles
 from dla_train.harness.report import table
 from dla_train.harness.settings import EvaluateConfig, Unit, units
@@ -174,16 +175,15 @@ def _check_files(config: EvaluateConfig, wanted: list[Unit]) -> dict[str, dict[s
 
 
 def _check_lengths(config: EvaluateConfig, opened: OpenedRun, wanted: list[Unit]) -> None:
-    longest = longest_context(opened.config)
+    longest = longest_context(opened.config.memory)
     for unit in wanted:
         length = unit.length or _max_length(config, opened)
         if longest is not None and length > longest:
             key = "suite.lengths" if unit.length else "max_length"
             raise ConfigError(
                 f"{key}: {unit.name} would be read in {length} tokens, and memory.policy=log_linear with "
-                "memory.capacity="
-                f"{opened.config.memory.capacity} holds at most {longest}; choose shorter ones, or train with more "
-                "capacity"
+                f"memory.capacity={opened.config.memory.capacity} holds at most {longest}; choose shorter ones, or "
+                "train with more capacity"
             )
 
 

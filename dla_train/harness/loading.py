@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dla_train.checkpoint import open_step
-from dla_train.checkpoint.manifest import MARKER, parse_json, read_small
+from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_directory import RUN_FILE
 from dla_train.config import Config
 from dla_train.data.shard_list import expand_prefixes, trained_with_bos
@@ -17,6 +15,7 @@ from dla_train.data_config import training_sources
 from dla_train.evaluate.loading import load_model
 from dla_train.harness.errors import EvaluateError
 from dla_train.models.language_model import LanguageModel
+from dla_train.parallel.mesh import pick_device
 
 
 @dataclass(frozen=True)
@@ -43,28 +42,14 @@ def open_run(
 ) -> OpenedRun:
     """Open a checkpoint of a run, the newest by default, with its tokenizer; bos None is as in training.
 
-    Raises CheckpointError, TokenizerError, and EvaluateError for a device that is absent, a tokenizer that is not the
-    run's, and where it is not known whether the model was trained with BOS.
+    Raises CheckpointError, TokenizerError, ConfigError for a device that is absent, and EvaluateError for a tokenizer
+    that is not the run's, and where it is not known whether the model was trained with BOS.
     """
-    chosen = _device(device)
-    model, config, found = load_model(run, step, chosen, dtype=dtype)
+    model, config, found = load_model(run, step, pick_device(device, "device"), dtype=dtype)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_fingerprint(Path(run) / RUN_FILE, tokenizer, config)
-    folder = open_step(run, found)[0].folder
-    marker = (folder / MARKER).read_text(encoding="utf-8").split()[0]
-    return OpenedRun(model, config, tokenizer, _with_bos(config, tokenizer) if bos is None else bos, found, marker)
-
-
-def longest_context(config: Config) -> int | None:
-    """Most tokens that the model can read at all; None is no limit."""
-    memory = config.memory
-    return 2 ** (memory.capacity - 1) if memory.policy == "log_linear" else None
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EvaluateError("device=cuda, but PyTorch sees no CUDA device here; set device=cpu, or leave it out")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    digest = open_step(run, found)[0].sha256
+    return OpenedRun(model, config, tokenizer, _with_bos(config, tokenizer) if bos is None else bos, found, digest)
 
 
 def _check_fingerprint(path: Path, tokenizer: Tokenizer, config: Config) -> None:
@@ -75,9 +60,8 @@ def _check_fingerprint(path: Path, tokenizer: Tokenizer, config: Config) -> None
     recorded = identity.get("tokenizer fingerprint") if isinstance(identity, dict) else None
     if recorded is not None and recorded != tokenizer.fingerprint:
         raise EvaluateError(
-            f"tokenizer {config.data.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}) is not the one the run "
-            "was trained "
-            f"with ({recorded[:12]}, {path}); put the tokenizer of the run back"
+            f"tokenizer {config.data.tokenizer} (fingerprint {tokenizer.fingerprint[:12]}) is not the one the run was "
+            f"trained with ({recorded[:12]}, {path}); put the tokenizer of the run back"
         )
 
 

@@ -161,10 +161,13 @@ def end_axes(axes: Axes) -> None:
     vars(groups)["_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP"] = None  # the one that it forgets to forget
 
 
-def pick_device(wanted: str) -> torch.device:
-    """The device of `train.device`, on CUDA the one of this local rank. Raises ConfigError where there is no CUDA."""
+def pick_device(wanted: str, key: str = "train.device") -> torch.device:
+    """The device that the setting `key` wants, on CUDA the one of this local rank.
+
+    Raises ConfigError where there is no CUDA.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda, but PyTorch sees no CUDA device here; set train.device=cpu or auto")
+        raise ConfigError(f"{key}=cuda, but PyTorch sees no CUDA device here; set {key}=cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

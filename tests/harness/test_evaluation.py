@@ -108,7 +108,7 @@ def test_what_is_wrong_is_found_before_the_first_task(words, run, data, tmp_path
         (["data_dir=nowhere"], EvaluateError, "nowhere/lambada_openai/test.jsonl cannot be read"),
         (["step=7"], CheckpointError, "has no checkpoint of step 7; choose from 2, 3"),
         ([f"run={tmp_path}"], CheckpointError, "holds no complete checkpoint"),
-        (["device=cuda"], EvaluateError, "device=cuda, but PyTorch sees no CUDA device"),
+        (["device=cuda"], ConfigError, "device=cuda, but PyTorch sees no CUDA device"),
         (
             ["suite=ruler", "tasks=[niah_single_2]", "max_length=null", f"haystack={tmp_path}/no.txt"],
             EvaluateError,

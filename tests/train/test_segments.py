@@ -1,14 +1,18 @@
 """Training on rows in segments: config rules, exact resume, validation on whole memory, every mistake named."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
+from dla_train.models import LanguageModel
 from dla_train.train import train
-from tests.train.runs import numbers_of
+from tests.train.runs import TINY, numbers_of, run_training
 
 MakeConfig = Callable[..., Config]
 IN_SEGMENTS = ("train.segment_tokens=8", "train.validation_batches=2", "train.validation_interval_steps=4")
@@ -35,6 +39,45 @@ def test_a_resumed_run_in_segments_equals_one_that_was_not_stopped(tiny: MakeCon
     assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "whole", *names)
     losses = [loss for _, loss in numbers_of(tmp_path / "run", "loss")]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_divided_runs_in_segments_equal_one_rank(tiny: MakeConfig, corpus: list[str], tmp_path: Path) -> None:
+    """In training and in validation, hard and soft, with recomputation."""
+    layouts = {
+        "data": (),
+        "tensor": ("parallel.tensor=2", "parallel.sequence=true"),
+        "context": ("parallel.context=2",),
+        "zero": ("engine=deepspeed", "engine.zero_stage=3", "train.recompute=true"),
+    }
+    common = (*IN_SEGMENTS, "train.steps=4", "train.validation_band_edges_tokens=[8]")
+    train(tiny(*common, f"run_dir={tmp_path}/one"))
+    runs = [[*TINY, *corpus, *common, *own, f"run_dir={tmp_path}/{name}"] for name, own in layouts.items()]
+    run_training(tmp_path / "spec.json", runs, ranks=2)
+    trained, validated = ("loss", "grad_norm"), ("validation_loss", "validation_soft_loss", "validation_loss_8_32")
+    for name in layouts:
+        for numbers in (trained, validated):
+            expected, found = (torch.tensor(numbers_of(tmp_path / run, *numbers)) for run in ("one", name))
+            torch.testing.assert_close(
+                found, expected, rtol=2e-5, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_a_step_in_segments_that_breaks_is_left_out_and_explained(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The third segment of the second step gives a loss that is no number, and gives it again when it is looked at."""
+    real, calls = LanguageModel.token_loss, [0]
+
+    def broken(self: LanguageModel, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, ...]:
+        nats, partition, count = real(self, logits, targets, z_loss)
+        calls[0] += 1
+        return (nats * float("nan") if calls[0] in (11, 19) else nats), partition, count
+
+    monkeypatch.setattr(LanguageModel, "token_loss", broken)
+    with caplog.at_level(logging.WARNING, logger="dla_train"):
+        train(tiny("train.segment_tokens=8", "train.steps=3"))
+    said = [record.message for record in caplog.records if "is left out" in record.message]
+    assert len(said) == 1 and said[0].startswith("step 2 is left out") and said[0].endswith("rank 0: the loss")
 
 
 @pytest.mark.parametrize(
