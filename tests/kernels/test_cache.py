@@ -237,13 +237,14 @@ def test_counts_and_scores_of_the_slots_sum_to_those_of_the_document(policy):
         assert (cache.scores[row].sum(-1) - expected).abs().max() < 1e-9
 
 
-def test_a_reset_cache_is_an_empty_one():
+def test_a_reset_cache_is_an_empty_one_and_so_is_one_carried_to_rows_that_begin_anew():
     case = make_case("mamba2")
     _, cache = run(case, "dla", "transition", weights_for(case, "dla"))
     kept = cache.clone()
     cache.reset()
     assert_same_cache(cache, empty_cache(case, "dla"))
     assert kept.states.abs().sum() > 0
+    assert_same_cache(kept.carried(torch.zeros(len(kept.fill), dtype=torch.bool)), cache)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
