@@ -10,10 +10,17 @@ from typing import Any
 from dla_train.recall.tasks.errors import RecallError
 from dla_train.recall.tasks.mixture import Mixture
 from dla_train.recall.tasks.mqar import ForgettingMqar, Mqar
+from dla_train.recall.tasks.needle import Needle
+from dla_train.recall.tasks.noisy_recall import NoisyRecall
 from dla_train.recall.tasks.paired_token import PairedToken
+from dla_train.recall.tasks.selective_copying import SelectiveCopying
+from dla_train.recall.tasks.sparse_mqar import SparseMqar
 from dla_train.recall.tasks.task import RecallTask
 
-_KINDS: dict[str, type[Any]] = {kind.name: kind for kind in (PairedToken, Mqar, ForgettingMqar, Mixture)}
+_KINDS: dict[str, type[Any]] = {
+    kind.name: kind
+    for kind in (PairedToken, Mqar, SparseMqar, ForgettingMqar, NoisyRecall, SelectiveCopying, Needle, Mixture)
+}
 
 
 def task_names() -> tuple[str, ...]:

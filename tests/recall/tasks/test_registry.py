@@ -7,6 +7,7 @@ import torch
 
 from dla_train.recall.tasks.errors import RecallError
 from dla_train.recall.tasks.mqar import Mqar
+from dla_train.recall.tasks.needle import KINDS
 from dla_train.recall.tasks.paired_token import PairedToken
 from dla_train.recall.tasks.registry import build_task, task_names
 from dla_train.recall.tasks.streams import SPLITS, stream
@@ -18,6 +19,10 @@ EXAMPLES = [
     {"name": "paired_token", "needles": 40, "filler": "random", "overwritten": 0.5, "tokens": 512},
     {"name": "mqar", "pairs": 8, "tokens": 128},
     {"name": "forgetting_mqar", "pairs": 8, "updates": 4, "tokens": 128},
+    {"name": "sparse_mqar", "pairs": 32},
+    {"name": "noisy_recall"},
+    {"name": "selective_copying"},
+    *({"name": "needle", "kind": kind} for kind in KINDS),
     {"name": "mixture", "parts": [{"name": "mqar", "pairs": 8}, {"name": "mqar", "pairs": 4}], "weights": [2, 1]},
 ]
 
