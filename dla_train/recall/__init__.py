@@ -1,0 +1,1 @@
+"""Recall experiments: synthetic tasks that ask a small model for what it was given earlier."""
