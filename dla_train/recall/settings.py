@@ -1,0 +1,136 @@
+"""Settings of a study: the schema that configs/recall.yaml and configs/study/*.yaml fill, and its rules.
+
+A study is one recall task and the arms that are compared on it. What an arm is made of is checked by the rules of
+every other run (config_rules.py); nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dla_train.config import ConfigError
+from dla_train.hydra_app import config_directory, explain
+
+
+@dataclass
+class StudyConfig:
+    """One comparison: a task, the arms, and how each is trained and judged."""
+
+    name: str = MISSING
+    """Label of the study."""
+    output: str | None = None
+    """Folder of its runs, tables and pictures; None is runs/recall/NAME. Runs that are finished there are kept."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Name and fields of the task (docs/recall.md)."""
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of the task by label, each some fields of it. Every step trains on one of them, drawn at equal odds, and
+    every one is judged. Empty is the task itself alone."""
+    easy: str | None = None
+    """The part that an arm must have learnt for its other numbers to count; None lets every arm count."""
+    easy_accuracy: float = 0.95
+    """Share of right answers on the easy part that is asked for, of every seed."""
+    goal_accuracy: float = 0.5
+    """Accuracy on a part at which the steps to it are counted."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """What all arms share of ModelConfig; backbone, vocabulary and name are filled in."""
+    decay_rate: float | None = None
+    """Decay rate (A) of every head at the start. None draws it from 1 to 16 as in pretraining, where some of many heads
+    remember long; a single head would stand or fall with its draw."""
+    attention: dict[str, Any] | None = None
+    """ModelConfig fields of the softmax baseline beside those of `model`; None leaves it out."""
+    backbones: list[str] = field(default_factory=lambda: ["mamba2", "gated_deltanet"])
+    """Recurrent backbones; each gets every memory."""
+    memories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """MemoryConfig fields by label."""
+    baseline: str = "single"
+    """The memory that the others of its backbone are compared with."""
+    match_parameters: bool = True
+    """Widen the MLP of arms with fewer parameters until all have the largest's number, within 1%."""
+    optim: dict[str, Any] = field(default_factory=dict)
+    """OptimConfig fields; lr is learning_rates'."""
+    steps: int = MISSING
+    """Optimizer steps of a run."""
+    batch_rows: int = 32
+    """Rows of a step."""
+    learning_rates: list[float] = field(default_factory=list)
+    """Peak learning rates; with several, every arm takes the one best for it with tuning_seed."""
+    tuning_seed: int = 1000
+    """Seed of the runs that choose the learning rate; none of `seeds`."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    """Seeds of the runs that are compared. A seed is the same initial weights and the same batches in every arm."""
+    held_out_rows: int = 1024
+    """Rows a trained arm is judged on, of each part; the same for all."""
+    curve_interval_steps: int = 250
+    """Steps between points of the learning curve, and so the resolution of steps to the goal."""
+    curve_rows: int = 128
+    """Rows behind a point of the learning curve, of each part."""
+    processes: int = 0
+    """Runs at work at once; 0 is one a processor core."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`; the processes share it."""
+    progress: bool = True
+    """Progress bar with ETA on standard error."""
+
+
+AT_LEAST = {
+    "batch_rows": 1,
+    "curve_interval_steps": 1,
+    "curve_rows": 1,
+    "held_out_rows": 1,
+    "processes": 0,
+    "steps": 1,
+    "tuning_seed": 0,
+}
+"""Smallest legal value of counts."""
+
+
+def compose(words: Sequence[str]) -> StudyConfig:
+    """The checked settings of a command line such as `["study=paired_token", "seeds=[0]"]`. Raises ConfigError."""
+    ConfigStore.instance().store(name="base_study", node=StudyConfig)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
+            study = OmegaConf.to_object(hydra.compose("recall", list(words)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(study, StudyConfig)
+    check(study)
+    return study
+
+
+def check(study: StudyConfig) -> None:
+    """What can be checked without building the arms. Raises ConfigError at the first rule broken."""
+    for key, least in AT_LEAST.items():
+        if getattr(study, key) < least:
+            raise ConfigError(f"{key}={getattr(study, key)} is below {least}; use {least} or more")
+    for key in ("easy_accuracy", "goal_accuracy"):
+        if not 0 < getattr(study, key) <= 1:
+            raise ConfigError(f"{key}={getattr(study, key)} is no share of right answers; use one in (0, 1]")
+    if study.decay_rate is not None and study.decay_rate <= 0:
+        raise ConfigError(f"decay_rate={study.decay_rate} must be above 0, or left out")
+    if not study.learning_rates or min(study.learning_rates) <= 0:
+        raise ConfigError(f"learning_rates={study.learning_rates} must name at least one rate above 0")
+    for key in ("learning_rates", "seeds", "backbones"):
+        values = getattr(study, key)
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{key}={values} must name at least one, and each once")
+    if study.tuning_seed in study.seeds:
+        raise ConfigError(f"tuning_seed={study.tuning_seed} is one of seeds={study.seeds}; choose another")
+    if study.easy is not None and study.easy not in study.parts:
+        raise ConfigError(f"easy={study.easy} is none of parts: {', '.join(study.parts) or 'there are none'}")
+    if study.baseline not in study.memories:
+        raise ConfigError(f"baseline={study.baseline} is none of memories: {', '.join(study.memories)}")
+    for key, group, own in (
+        ("optim", study.optim, ("lr",)),
+        ("model", study.model, ("name", "backbone", "vocab_size")),
+    ):
+        filled = [name for name in own if name in group]
+        if filled:
+            raise ConfigError(f"{key}.{filled[0]} is filled in by the study; leave it out")
