@@ -33,6 +33,8 @@ def build_task(values: Mapping[str, Any]) -> RecallTask:
 
     The parts of a mixture are such mappings again. Raises RecallError.
     """
+    if not isinstance(values, Mapping):
+        raise RecallError(f"task={values!r} is not a mapping; give name: ... and the fields of that task")
     name = values.get("name")
     if not isinstance(name, str) or name not in _KINDS:
         raise RecallError(f"name={name!r} is not a recall task; {_nearest(str(name), _KINDS)}")
@@ -52,7 +54,7 @@ def build_task(values: Mapping[str, Any]) -> RecallTask:
 
 
 def _mixture(parts: Any, weights: Any) -> Mixture:
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+    if not isinstance(parts, (list, tuple)):
         raise RecallError(f"mixture: parts={parts!r} is not a list of tasks; give a list of {{name: ..., ...}}")
     if not isinstance(weights, (list, tuple)):
         raise RecallError(f"mixture: weights={weights!r} is not a list of numbers; give one for each part")

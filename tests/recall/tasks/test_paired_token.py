@@ -67,6 +67,13 @@ def test_an_overwritten_value_was_another_one(needles: int, seed: int) -> None:
         assert all(len(given) == 2 and given[0] != given[1] for given in values.values())
 
 
+def test_overwritten_keys_are_asked_as_often_as_others() -> None:
+    task = PairedToken(24, tokens=52, queries=4, overwritten=0.25)
+    keys = task.batch(3000, stream(0, "train")).inputs[:, :, 0]
+    times_given = (keys[:, 48:, None] == keys[:, None, :48]).sum(dim=2)
+    assert all(within(int((times == 2).sum()), 3000, 1 / 4) for times in times_given.T)
+
+
 def filler_of(task: PairedToken, rows: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether a position of the first part is filler, and the type there, [B, C] each."""
     keys = task.batch(rows, stream(1, "train")).inputs[:, : -task.asked, 0]

@@ -1,6 +1,7 @@
 """Tasks by name, and what every one of them promises its trainer."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_fields_are_taken_and_the_rest_have_their_defaults() -> None:
         ),
         ({"name": "mqar"}, "mqar: pairs is not given and has no default; give pairs: ..."),
         ({"name": "mixture", "parts": {}, "weights": [1]}, "mixture: parts={} is not a list of tasks; "),
-        ({"name": "mixture", "parts": [3], "weights": [1]}, "mixture: parts=[3] is not a list of tasks; "),
+        ({"name": "mixture", "parts": [3], "weights": [1]}, "task=3 is not a mapping; give name: ... and "),
+        (None, "task=None is not a mapping; give name: ... and the fields of that task"),
         ({"name": "mixture", "parts": [], "weights": 1}, "mixture: weights=1 is not a list of numbers; "),
         ({"name": "mixture", "parts": [], "weights": []}, "mixture: parts=() names no task; give one or more"),
         ({"name": "mixture", "parts": [{"name": "mqar"}], "weights": [1]}, "mqar: pairs is not given"),
@@ -103,7 +105,7 @@ def test_fields_are_taken_and_the_rest_have_their_defaults() -> None:
         ),
     ],
 )
-def test_mistakes_are_named_with_the_nearest_name(values: dict, message: str) -> None:
+def test_mistakes_are_named_with_the_nearest_name(values: Any, message: str) -> None:
     with pytest.raises(RecallError) as error:
         build_task(values)
     assert str(error.value).startswith(message)
