@@ -26,7 +26,17 @@ from dla_train.recall.arms import Arm, study_arms, study_tasks
 from dla_train.recall.settings import StudyConfig
 from dla_train.recall.training import Judgement, RunResult, train_run
 
-SHARED = ("task", "parts", "decay_rate", "steps", "batch_rows", "curve_interval_steps", "curve_rows", "held_out_rows")
+SHARED = (
+    "task",
+    "parts",
+    "weights",
+    "decay_rate",
+    "steps",
+    "batch_rows",
+    "curve_interval_steps",
+    "curve_rows",
+    "held_out_rows",
+)
 """Settings of a study that every run's numbers depend on, beside those of its arm."""
 
 

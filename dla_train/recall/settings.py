@@ -31,8 +31,11 @@ class StudyConfig:
     task: dict[str, Any] = field(default_factory=dict)
     """Name and fields of the task (docs/recall.md)."""
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings of the task by label, each some fields of it. Every step trains on one of them, drawn at equal odds, and
-    every one is judged. Empty is the task itself alone."""
+    """Settings of the task by label, each some fields of it. Every step trains on one of them, and every one is judged.
+    Empty is the task itself alone."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Odds of a part at a step, by label; one that is absent or 0 is judged without being trained on. Empty is equal
+    odds for all."""
     easy: str | None = None
     """The part that an arm must have learnt for its other numbers to count; None lets every arm count."""
     easy_accuracy: float = 0.95
@@ -125,6 +128,11 @@ def check(study: StudyConfig) -> None:
         raise ConfigError(f"tuning_seed={study.tuning_seed} is one of seeds={study.seeds}; choose another")
     if study.easy is not None and study.easy not in study.parts:
         raise ConfigError(f"easy={study.easy} is none of parts: {', '.join(study.parts) or 'there are none'}")
+    unknown = [label for label in study.weights if label not in study.parts]
+    if unknown:
+        raise ConfigError(f"weights.{unknown[0]} is none of parts: {', '.join(study.parts) or 'there are none'}")
+    if study.weights and (min(study.weights.values()) < 0 or not any(study.weights.values())):
+        raise ConfigError(f"weights={study.weights} must be odds of at least 0, one of them above")
     if study.baseline not in study.memories:
         raise ConfigError(f"baseline={study.baseline} is none of memories: {', '.join(study.memories)}")
     for key, group, own in (

@@ -59,16 +59,17 @@ class RunResult:
 
 
 class PartDraw:
-    """Which part each step trains on: uniform, from a generator of its own, the same in every arm of a seed."""
+    """Which part each step trains on, and its rows: the same in every arm of a seed."""
 
-    def __init__(self, tasks: Mapping[str, RecallTask], seed: int) -> None:
+    def __init__(self, tasks: Mapping[str, RecallTask], weights: Mapping[str, float], seed: int) -> None:
+        """weights: odds by part; empty is equal odds."""
         self._tasks = list(tasks.values())
+        self._odds = torch.tensor([weights.get(part, 0.0) if weights else 1.0 for part in tasks])
         self._generator = stream(seed, "train")
 
     def batch(self, rows: int) -> tuple[Tensor, Tensor]:
         """Token ids and targets of `rows` rows of one part, both [B, T]."""
-        index = int(torch.randint(len(self._tasks), (), generator=self._generator))
-        task = self._tasks[index]
+        task = self._tasks[int(torch.multinomial(self._odds, 1, generator=self._generator))]
         return _tensors(task, task.batch(rows, self._generator))
 
 
@@ -82,7 +83,7 @@ def train_run(
     some = next(iter(tasks.values()))
     model = build_recall_model(config, some.vocabulary, device, study.decay_rate)
     optimizer = build_optimizer(model, config.optim)
-    draw = PartDraw(tasks, config.seed)
+    draw = PartDraw(tasks, study.weights, config.seed)
     curve = []
     began = time.perf_counter()
     for step in range(1, config.train.steps + 1):

@@ -23,21 +23,30 @@ def test_a_run_is_the_same_each_time_and_another_with_another_seed(tiny):
 
 def test_every_arm_of_a_seed_sees_the_same_rows_and_no_seed_those_of_another(tiny):
     tasks = study_tasks(tiny)
-    one, again, other = (PartDraw(tasks, seed) for seed in (0, 0, 1))
+    one, again, other = (PartDraw(tasks, {}, seed) for seed in (0, 0, 1))
     for _ in range(4):
         first, second, third = (draw.batch(8)[0] for draw in (one, again, other))
         assert torch.equal(first, second) and not torch.equal(first, third)
 
 
 def test_every_part_is_trained_on_and_judged(tiny):
-    draw, asked = PartDraw(study_tasks(tiny), 0), set()
-    for _ in range(20):
-        asked.add(int((draw.batch(4)[1] >= 0).sum(1)[0]))
-    assert asked == {2, 8}
+    assert set(asked(tiny, {}, 20)) == {2, 8}
     found = run(tiny, "gated_deltanet_single")
     assert list(found.parts) == ["few", "many"]
     assert [step for step, _ in found.curve] == [5, 10, 12]
     assert 0 <= found.parts["many"].accuracy <= 1
+
+
+def asked(study, weights, steps):
+    """Needles asked for in each of some steps: 2 of the part `few`, 8 of `many`."""
+    draw = PartDraw(study_tasks(study), weights, 0)
+    return [int((draw.batch(4)[1] >= 0).sum(1)[0]) for _ in range(steps)]
+
+
+def test_parts_are_trained_on_as_often_as_their_odds_say_and_one_without_odds_never(tiny):
+    assert set(asked(tiny, {"many": 2.0}, 20)) == {8}
+    share = asked(tiny, {"many": 3.0, "few": 1.0}, 400).count(8) / 400
+    assert abs(share - 0.75) < 5 * (0.75 * 0.25 / 400) ** 0.5
 
 
 def test_a_model_learns_and_reports_when_it_did(tiny):
