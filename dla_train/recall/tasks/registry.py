@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dla_train.recall.tasks.errors import RecallError
-from dla_train.recall.tasks.mixture import Mixture
 from dla_train.recall.tasks.mqar import ForgettingMqar, Mqar
 from dla_train.recall.tasks.needle import Needle
 from dla_train.recall.tasks.noisy_recall import NoisyRecall
@@ -18,8 +17,7 @@ from dla_train.recall.tasks.sparse_mqar import SparseMqar
 from dla_train.recall.tasks.task import RecallTask
 
 _KINDS: dict[str, type[Any]] = {
-    kind.name: kind
-    for kind in (PairedToken, Mqar, SparseMqar, ForgettingMqar, NoisyRecall, SelectiveCopying, Needle, Mixture)
+    kind.name: kind for kind in (PairedToken, Mqar, SparseMqar, ForgettingMqar, NoisyRecall, SelectiveCopying, Needle)
 }
 
 
@@ -29,10 +27,7 @@ def task_names() -> tuple[str, ...]:
 
 
 def build_task(values: Mapping[str, Any]) -> RecallTask:
-    """The task of `{"name": ..., field: value, ...}`; fields left out have their defaults.
-
-    The parts of a mixture are such mappings again. Raises RecallError.
-    """
+    """The task of `{"name": ..., field: value, ...}`; fields left out have their defaults. Raises RecallError."""
     if not isinstance(values, Mapping):
         raise RecallError(f"task={values!r} is not a mapping; give name: ... and the fields of that task")
     name = values.get("name")
@@ -47,18 +42,8 @@ def build_task(values: Mapping[str, Any]) -> RecallTask:
     for key, field in fields.items():
         if key not in given and field.default is dataclasses.MISSING:
             raise RecallError(f"{name}: {key} is not given and has no default; give {key}: ...")
-    if kind is Mixture:
-        return _mixture(given["parts"], given["weights"])
     task: RecallTask = kind(**given)
     return task
-
-
-def _mixture(parts: Any, weights: Any) -> Mixture:
-    if not isinstance(parts, (list, tuple)):
-        raise RecallError(f"mixture: parts={parts!r} is not a list of tasks; give a list of {{name: ..., ...}}")
-    if not isinstance(weights, (list, tuple)):
-        raise RecallError(f"mixture: weights={weights!r} is not a list of numbers; give one for each part")
-    return Mixture(tuple(build_task(part) for part in parts), tuple(weights))
 
 
 def _nearest(word: str, legal: Iterable[str]) -> str:

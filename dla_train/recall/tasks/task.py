@@ -31,7 +31,7 @@ class RecallTask(Protocol):
 
     @property
     def tokens(self) -> int:
-        """T of a batch; of a mixture, the longest."""
+        """T of a batch."""
         ...
 
     @property

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from dla_train.recall.tasks.mixture import Mixture
-from dla_train.recall.tasks.mqar import Mqar
 from dla_train.recall.tasks.registry import build_task, task_names
 from tests.recall.tasks.test_registry import EXAMPLES
 
@@ -34,9 +32,3 @@ def test_the_example_gives_the_shapes_it_names() -> None:
     names: dict[str, Any] = {}
     exec(code[1], names)  # type: ignore[index]
     assert names["batch"].inputs.shape == (32, 128, 2) and names["batch"].targets.shape == (32, 128)
-
-
-def test_zoologys_training_data_can_be_built() -> None:
-    code = re.search(r"```yaml\n(.*?)```", TEXT, flags=re.S)
-    task = build_task(yaml.safe_load(code[1]))  # type: ignore[index]
-    assert isinstance(task, Mixture) and task.parts[-1] == Mqar(pairs=64, tokens=256)

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from dla_train.recall.tasks.errors import RecallError
-from dla_train.recall.tasks.mqar import Mqar
 from dla_train.recall.tasks.needle import KINDS
 from dla_train.recall.tasks.paired_token import PairedToken
 from dla_train.recall.tasks.registry import build_task, task_names
 from dla_train.recall.tasks.streams import SPLITS, stream
 from dla_train.recall.tasks.task import IGNORED
-from tests.recall.tasks.bounds import within
 
 EXAMPLES = [
     {"name": "paired_token", "needles": 24},
@@ -24,7 +22,6 @@ EXAMPLES = [
     {"name": "noisy_recall"},
     {"name": "selective_copying"},
     *({"name": "needle", "kind": kind} for kind in KINDS),
-    {"name": "mixture", "parts": [{"name": "mqar", "pairs": 8}, {"name": "mqar", "pairs": 4}], "weights": [2, 1]},
 ]
 
 
@@ -89,47 +86,10 @@ def test_fields_are_taken_and_the_rest_have_their_defaults() -> None:
             "paired_token: needle=3 is not one of its fields; did you mean needles? choose from needles, tokens, ",
         ),
         ({"name": "mqar"}, "mqar: pairs is not given and has no default; give pairs: ..."),
-        ({"name": "mixture", "parts": {}, "weights": [1]}, "mixture: parts={} is not a list of tasks; "),
-        ({"name": "mixture", "parts": [3], "weights": [1]}, "task=3 is not a mapping; give name: ... and "),
         (None, "task=None is not a mapping; give name: ... and the fields of that task"),
-        ({"name": "mixture", "parts": [], "weights": 1}, "mixture: weights=1 is not a list of numbers; "),
-        ({"name": "mixture", "parts": [], "weights": []}, "mixture: parts=() names no task; give one or more"),
-        ({"name": "mixture", "parts": [{"name": "mqar"}], "weights": [1]}, "mqar: pairs is not given"),
-        (
-            {"name": "mixture", "parts": [{"name": "mqar", "pairs": 4}], "weights": [1, 2]},
-            "mixture: weights=(1, 2) are not as many as the parts, 1; give one for each part",
-        ),
-        (
-            {"name": "mixture", "parts": [{"name": "mqar", "pairs": 4}], "weights": [0]},
-            "mixture: weights=(0,) are not all positive numbers; leave out",
-        ),
     ],
 )
 def test_mistakes_are_named_with_the_nearest_name(values: Any, message: str) -> None:
     with pytest.raises(RecallError) as error:
         build_task(values)
     assert str(error.value).startswith(message)
-
-
-def test_parts_of_a_mixture_must_share_their_ids() -> None:
-    parts = [{"name": "mqar", "pairs": 4}, {"name": "mqar", "pairs": 4, "vocab_size": 512}]
-    with pytest.raises(RecallError, match=r"do not share their ids \(vocabularies \(8192,\) and \(512,\)"):
-        build_task({"name": "mixture", "parts": parts, "weights": [1, 1]})
-
-
-def test_a_batch_of_a_mixture_is_of_one_part_drawn_by_weight() -> None:
-    lengths = {64: 4, 128: 8, 256: 16}
-    parts = [{"name": "mqar", "pairs": pairs, "tokens": tokens} for tokens, pairs in lengths.items()]
-    task = build_task({"name": "mixture", "parts": parts, "weights": [5, 1, 2]})
-    assert (task.tokens, task.vocabulary, task.answers) == (256, (8192,), 8192)
-    generator, found = stream(0, "train"), []
-    for _ in range(1000):
-        batch = task.batch(2, generator)
-        found.append(batch.inputs.shape[1])
-        assert (batch.targets != IGNORED).sum(dim=1).tolist() == [lengths[found[-1]]] * 2
-    assert all(within(found.count(tokens), 1000, weight / 8) for tokens, weight in ((64, 5), (128, 1), (256, 2)))
-
-
-def test_a_part_alone_gives_the_batches_of_its_own() -> None:
-    task = build_task({"name": "mixture", "parts": [{"name": "mqar", "pairs": 4}], "weights": [1]})
-    assert isinstance(task.parts[0], Mqar) and task.batch(3, stream(0, "train")).inputs.shape == (3, 64)
