@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm test-hosts check bench bench-train kernel-report clean
+.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm test-hosts check recall recall-gpu bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -61,6 +61,12 @@ bench: $(STAMP)  ## Measure speed side by side; writes docs/results/
 bench-train: $(STAMP)  ## Measure training steps on one GPU; writes docs/results/
 	$(BIN)/python -m dla_train.bench training
 	$(BIN)/python -m dla_train.bench render
+
+recall: $(STAMP)  ## Compare memories on a recall task (half an hour on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m dla_train.recall.command study=paired_token
+
+recall-gpu: $(STAMP)  ## The same on multi-query recall, on one GPU
+	$(BIN)/python -m dla_train.recall.command study=mqar device=cuda processes=12
 
 kernel-report: $(STAMP)  ## Compile every Triton kernel for sm80 and sm90, GPU or not
 	PYTHONPATH=kernels $(BIN)/python -m dla_kernels.build_report --output docs/results
