@@ -7,8 +7,8 @@
   dla-recall render docs/results/recall docs/images      # the pages and pictures of every NAME.json in a folder
 
 Writes NAME.json, NAME.md and two pictures into `output`, and one JSON a run into its folder `runs`. Exit code 0, 1
-where a run failed, or 2 after a mistake that is explained. Settings (meanings: dla_train/recall/settings.py; studies:
-configs/study/):
+where a run failed, 2 after a mistake that is explained, 130 after an interrupt. Settings (meanings:
+dla_train/recall/settings.py; studies: configs/study/):
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from dla_train.recall.tasks.errors import RecallError
 
 MISTAKE = 2
 """Exit code after a mistake."""
+STOPPED = 130
+"""Exit code after an interrupt."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, RecallError, OSError) as error:
         print(f"dla-recall: error: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("dla-recall: stopped; finished runs are kept, and the same command goes on", file=sys.stderr)
+        return STOPPED
     return 1 if runs.failures else 0
 
 

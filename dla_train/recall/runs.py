@@ -10,6 +10,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -105,13 +107,16 @@ class Workers:
 
     def __init__(self, study: StudyConfig, folder: Path, processes: int) -> None:
         self._study, self._folder = study, folder
-        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread)
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin_worker)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
 
     def do(self, runs: Iterable[Run]) -> Iterator[tuple[Run, RunResult | Exception]]:
         """Each run with its result, as they end; those on disk come first. Raises ConfigError for other settings."""
@@ -132,8 +137,18 @@ class Workers:
             yield started[future], error if isinstance(error, FloatingPointError) else future.result()
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
+    """One thread for torch; an interrupt is the first process's to hear; and no run outlives that process."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def do_run(run: Run, study: StudyConfig, path: Path) -> RunResult:

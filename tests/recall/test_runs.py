@@ -3,8 +3,14 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dla_train.config import ConfigError
@@ -87,6 +93,36 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tiny, tmp_path):
     runs = run_study(study)
     assert set(runs.failures) == {"gated_deltanet_single_lr1e+30_seed0", "gated_deltanet_dla_lr1e+30_seed0"}
     assert "failed" in tables(study, runs, compare_arms(study, runs))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_study_leaves_no_process_behind_and_goes_on(tmp_path, number, code):
+    words = ["study=paired_token", f"output={tmp_path}", "processes=1", "steps=100000", "seeds=[0]", "progress=false"]
+    study = subprocess.Popen(
+        [sys.executable, "-m", "dla_train.recall.command", *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    workers = wait_for(lambda: [p for p in psutil.Process(study.pid).children(True) if busy(p)])
+    os.kill(study.pid, number)
+    _, errors = study.communicate(timeout=60)
+    assert study.returncode == code, errors
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+def busy(process):
+    """Whether a process has done more than come up: it trains."""
+    return process.cpu_times().user > 4
+
+
+def wait_for(condition):
+    """What `condition` gives, once that is something."""
+    end = time.monotonic() + 300
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return found
 
 
 def test_differences_are_taken_seed_by_seed(ended):
