@@ -21,12 +21,10 @@ from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import ConfigError
 from dla_train.config_rules import longest_context
-from dla_train.harness.documents import HAYSTACK, check_first, file_hash, local_files, read_haystack
-from dla_train.harness.errors import EvaluateError
 from dla_train.harness.heat_map import write_heat_map
+from dla_train.harness.inputs import check_files, needle_samples, needles_of
 from dla_train.harness.journal import Journal, check_identity, check_journal
 from dla_train.harness.loading import OpenedRun, open_run
-from dla_train.harness.needles import TASKS, Needles
 from dla_train.harness.report import table
 from dla_train.harness.settings import EvaluateConfig, Unit, units
 
@@ -41,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     `open_run` raises.
     """
     wanted = units(config)
-    files = _check_files(config, wanted)
+    files = check_files(config, wanted)
     opened = open_run(config.run, step=config.step, device=config.device, dtype=config.dtype, bos=config.bos)
     _check_lengths(config, opened, wanted)
     output = Path(config.output or f"{config.run}/evaluation/step_{opened.step}")
@@ -95,12 +93,15 @@ class _Worker:
     def run(self, unit: Unit, settings: dict[str, Any], title: str) -> dict[str, Any]:
         """Evaluate a unit and keep its result and samples."""
         from dla_train.harness.asking import ask
+        from dla_train.harness.tasks import build_task
 
         began = time.perf_counter()
         journal = Journal(_journal_path(self.output, unit), settings)
         before = len(journal)
+        needles = needles_of(self.config, unit, self.opened.tokenizer, self.opened.bos)
+        task = build_task(unit, self.config, needles)
         with self.model.unit(title, unit.length or self.model.max_length, journal) as counts:
-            metrics, samples = ask(self.model, unit, self.config, self._needles(unit))
+            metrics, samples = ask(self.model, unit, self.config, task)
         write_atomically(
             self.output / UNITS / f"{unit.name}.samples.jsonl",
             "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples),
@@ -117,12 +118,6 @@ class _Worker:
         write_atomically(_result_path(self.output, unit), json.dumps(result, indent=1))
         journal.path.unlink()
         return result
-
-    def _needles(self, unit: Unit) -> Needles | None:
-        if unit.length is None:
-            return None
-        text = read_haystack(_haystack(self.config)) if _essay(unit) else ""
-        return Needles(self.opened.tokenizer, self.opened.bos, text, _samples(self.config), self.config.seed)
 
 
 def _settings(
@@ -141,7 +136,7 @@ def _settings(
         "lm_eval": importlib.metadata.version("lm_eval"),
         "documents": files[unit.name],
     }
-    return common if unit.length is None else {**common, "samples": _samples(config)}
+    return common if unit.length is None else {**common, "samples": needle_samples(config)}
 
 
 def _finished(output: Path, unit: Unit, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -155,25 +150,6 @@ def _finished(output: Path, unit: Unit, settings: dict[str, Any]) -> dict[str, A
     return result
 
 
-def _check_files(config: EvaluateConfig, wanted: list[Unit]) -> dict[str, dict[str, str]]:
-    """Every local file is there and begins as it should: {unit: {file: sha256}}. Raises EvaluateError."""
-    hashes: dict[Path, str] = {}
-    found: dict[str, dict[str, str]] = {}
-    for unit in wanted:
-        paths: list[Path] = []
-        if unit.length is None and config.data_dir is not None:
-            paths = list(local_files(Path(config.data_dir), unit.task, config.num_fewshot).values())
-            for path in paths:
-                check_first(path, unit.task.columns)
-        elif unit.length is not None and _essay(unit):
-            paths = [_haystack(config)]
-            read_haystack(paths[0])
-        for path in paths:
-            hashes[path] = hashes.get(path) or file_hash(path)
-        found[unit.name] = {"/".join(path.parts[-2:]): hashes[path] for path in paths}
-    return found
-
-
 def _check_lengths(config: EvaluateConfig, opened: OpenedRun, wanted: list[Unit]) -> None:
     longest = longest_context(opened.config.memory)
     for unit in wanted:
@@ -185,22 +161,6 @@ def _check_lengths(config: EvaluateConfig, opened: OpenedRun, wanted: list[Unit]
                 f"memory.capacity={opened.config.memory.capacity} holds at most {longest}; choose shorter ones, or "
                 "train with more capacity"
             )
-
-
-def _haystack(config: EvaluateConfig) -> Path:
-    if config.haystack is None and config.data_dir is None:
-        raise EvaluateError(
-            "the needle tasks hide their needles in a text; name one with haystack=FILE, or set data_dir"
-        )
-    return Path(config.haystack) if config.haystack is not None else Path(config.data_dir or "") / HAYSTACK
-
-
-def _essay(unit: Unit) -> bool:
-    return TASKS[unit.task.name]["type_haystack"] == "essay"
-
-
-def _samples(config: EvaluateConfig) -> int:
-    return min(config.suite.samples, config.limit or config.suite.samples)
 
 
 def _max_length(config: EvaluateConfig, opened: OpenedRun) -> int:
