@@ -135,12 +135,19 @@ def test_the_numbers_are_those_of_dla_evaluate_on_the_checkpoint_of_the_step(
     assert found == on_checkpoint(config, 8, tmp_path / "out", lengths=[800])
 
 
-def test_solved_examples_are_the_same_at_every_evaluation(evaluated: MakeConfig, tmp_path: Path) -> None:
-    config = evaluated("evaluation.tasks=[piqa]", "evaluation.num_fewshot=2", "evaluation.interval_steps=4")
-    config.checkpoint.interval_steps = 4
-    train(config)
-    assert at_step(config.run_dir, 4) == on_checkpoint(config, 4, tmp_path / "out_4")
-    assert at_step(config.run_dir, 8) == on_checkpoint(config, 8, tmp_path / "out_8")
+def test_solved_examples_are_the_same_at_every_evaluation(
+    evaluated: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, scores = [], DlaModel._scores
+
+    def noted(self: DlaModel, requests: Any) -> Iterator[Any]:
+        asked.append([request.inputs for request in requests])
+        return scores(self, requests)
+
+    monkeypatch.setattr(DlaModel, "_scores", noted)
+    train(evaluated("evaluation.tasks=[piqa]", "evaluation.num_fewshot=2", "evaluation.interval_steps=4"))
+    assert len(asked) == 2 and asked[0] == asked[1]
+    assert min(map(len, asked[0])) > 60  # solved examples are there
 
 
 def test_evaluations_change_no_bit_of_the_run_also_where_it_is_resumed_around_one(
