@@ -115,6 +115,8 @@ def train(config: Config, clock: StartClock | None = None) -> TrainResult:
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         clock.part("data")
         evaluation = evaluation_of(config, mesh, sources.tokenizer)
+        if evaluation is not None:
+            clock.part("tasks")
         with hold_run_directory(config, identity, mesh) as lock:
             return Run(config, mesh, sources, watchdog, identity, lock, clock, evaluation).train()
 

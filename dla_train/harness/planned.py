@@ -62,7 +62,6 @@ def planned(config: Config) -> EvaluateConfig:
         max_length=chosen.max_length or config.data.context_tokens,
         batch_tokens=chosen.batch_tokens,
         decode_rows=chosen.decode_rows,
-        bos=chosen.bos,
         data_dir=chosen.data_dir,
         progress=config.logging.progress,
     )

@@ -6,7 +6,8 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from dla_train.checkpoint.folders import complete_steps
 from dla_train.config import Config, ConfigError
+from dla_train.data.tokenizer import Tokenizer, load_tokenizer
 from dla_train.harness import asking, planned
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.evaluation import evaluate
@@ -78,6 +80,7 @@ def on_checkpoint(config: Config, step: int, output: Path, *, lengths: list[int]
         data_dir=chosen.data_dir,
         batch_tokens=chosen.batch_tokens,
         decode_rows=chosen.decode_rows,
+        bos=chosen.bos,
         output=str(output),
         progress=False,
     )
@@ -126,6 +129,7 @@ def test_the_numbers_are_those_of_dla_evaluate_on_the_checkpoint_of_the_step(
         f"evaluation.tasks=[{','.join(TASKS)}]",
         "evaluation.lengths=[800]",
         "evaluation.limit=2",
+        "evaluation.bos=true",
         "evaluation.batch_tokens=300",
         "evaluation.decode_rows=2",
     )
@@ -261,6 +265,21 @@ def test_tasks_that_cannot_be_asked_are_an_error_at_the_start(
     evaluated: MakeConfig, overrides: list[str], message: str
 ) -> None:
     refused(evaluated(*overrides), ConfigError, message)
+
+
+def test_prompts_begin_with_bos_as_documents_do_or_as_is_asked(
+    evaluated: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(evaluated().data.tokenizer)
+    without = SimpleNamespace(name="plain", bos_id=None)
+    for trained in (False, True):
+        monkeypatch.setattr(planned, "trained_with_bos", lambda data, trained=trained: trained)
+        assert planned.prompts_with_bos(evaluated(), tokenizer) is trained
+        assert planned.prompts_with_bos(evaluated("evaluation.bos=true"), tokenizer)
+        assert not planned.prompts_with_bos(evaluated("evaluation.bos=false"), tokenizer)
+        assert not planned.prompts_with_bos(evaluated(), cast(Tokenizer, without))
+    with pytest.raises(ConfigError, match="evaluation.bos=true, but tokenizer plain has no BOS; set it to false"):
+        planned.prompts_with_bos(evaluated("evaluation.bos=true"), cast(Tokenizer, without))
 
 
 def test_absent_and_damaged_documents_are_an_error_at_the_start(evaluated: MakeConfig, tmp_path: Path) -> None:
