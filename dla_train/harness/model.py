@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dla_train.data.tokenizer import Tokenizer
 from dla_train.harness.decoding import answers
 from dla_train.harness.errors import EvaluateError
-from dla_train.harness.journal import Journal, request_key
+from dla_train.harness.journal import AnswersOfAnother, Journal, request_key
 from dla_train.harness.loading import open_run
 from dla_train.harness.scoring import Request, Score, score
 from dla_train.models.language_model import LanguageModel
@@ -79,7 +79,7 @@ class DlaModel(TemplateLM):
         self._mesh, self._between = mesh, between
         self._share = (0, 1) if mesh is None else (mesh.rank, mesh.size)
         self.counts = Counts()
-        self.journal: Journal | None = None
+        self.journal: Journal | AnswersOfAnother | None = None
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DlaModel:
@@ -117,7 +117,7 @@ class DlaModel(TemplateLM):
         return ids if not self.bos or add_special_tokens is False else [self.prefix_token_id, *ids]
 
     @contextmanager
-    def unit(self, title: str, max_length: int, journal: Journal | None) -> Iterator[Counts]:
+    def unit(self, title: str, max_length: int, journal: Journal | AnswersOfAnother | None) -> Iterator[Counts]:
         """Work on one unit of an evaluation: its own length, journal and counts."""
         before = self.max_length
         self.title, self.max_length, self.journal, self.counts = title, max_length, journal, Counts()
