@@ -203,6 +203,33 @@ class TrainConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Published tasks during training (docs/evaluation.md); the other keys say how `tasks` are asked."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of dla_train/harness/catalogue.yaml, by lm_eval's names; empty turns evaluation off."""
+    interval_steps: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    data_dir: str | None = None
+    """Local copies of the tasks' documents, which `dla-evaluate fetch` writes; training opens no connection."""
+    limit: int = 0
+    """First documents of every task; 0 takes all, and 500 prompts of a needle task."""
+    num_fewshot: int = 0
+    """Solved examples in front of every question."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of a needle task's prompt with the 128 of its answer; the task is asked at each."""
+    max_length: int | None = None
+    """Most tokens of a prompt with its answer, longer ones lose their beginning; None is data.context_tokens. Needle
+    tasks have their own lengths."""
+    bos: bool | None = None
+    """Whether prompts begin with BOS; None does as in training, by the training files' manifest."""
+    batch_tokens: int = 16384
+    """Tokens, padding included, that a rank scores at once."""
+    decode_rows: int = 16
+    """Answers that a rank generates at once; each holds a memory of its own."""
+
+
+@dataclass
 class ParallelConfig:
     """How a run spreads over ranks. Data parallel is world size / (tensor x context)."""
 
@@ -270,6 +297,8 @@ class ResilienceConfig:
     """Of any other step; below parallel.timeout_minutes, so that stacks are written before other ranks give up."""
     validation_minutes: float = 120.0
     """Of a validation."""
+    evaluation_minutes: float = 120.0
+    """Of one task of an evaluation."""
     checkpoint_minutes: float = 60.0
     """Of a save, as far as training waits for it."""
 
@@ -311,6 +340,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dla_train.config import CHOICES, CheckpointConfig, Config, ConfigError, MemoryConfig, ModelConfig
 from dla_train.data_config import check_data
+from dla_train.evaluation_rules import check_evaluation
 
 MAX_CAPACITY = 64
 """Most slots a head may keep: the bookkeeping of a chunk is a table of capacity entries per token."""
@@ -35,6 +36,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_batch(config, world_size)
     check_engine(config)
     _check_loop(config)
+    check_evaluation(config.evaluation, longest_context(config.memory))
     _check_checkpoints(config.checkpoint)
     check_data(config)
 
@@ -85,6 +87,11 @@ AT_LEAST: dict[str, int] = {
     "train.segment_tokens": 0,
     "train.validation_interval_steps": 0,
     "train.validation_batches": 0,
+    "evaluation.interval_steps": 0,
+    "evaluation.limit": 0,
+    "evaluation.num_fewshot": 0,
+    "evaluation.batch_tokens": 1,
+    "evaluation.decode_rows": 1,
     "parallel.tensor": 1,
     "parallel.context": 1,
     "engine.zero_stage": 0,
@@ -101,6 +108,7 @@ AT_LEAST: dict[str, int] = {
     "resilience.first_step_minutes": 0,
     "resilience.step_minutes": 0,
     "resilience.validation_minutes": 0,
+    "resilience.evaluation_minutes": 0,
     "resilience.checkpoint_minutes": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,

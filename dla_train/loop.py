@@ -1,4 +1,4 @@
-"""The optimizer steps of one start: train, log, validate, save, and hear of signals and bad numbers.
+"""The optimizer steps of one start: train, log, validate, save, evaluate, and hear of signals and bad numbers.
 
 Whatever decides the course of a run (stop, validate, save, go back) is a function of the step or of numbers that are
 equal on every rank, so all ranks take the same turn at the same step.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import takewhile
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from dla_train.resilience.guard import Guard, Judgement
 from dla_train.resilience.journal import Rewind, data_position, data_step
 from dla_train.resilience.stopping import StopSignals
 from dla_train.resilience.watchdog import Watchdog
-from dla_train.run_log import RunLog
+from dla_train.run_log import RunLog, TaskMetrics
 from dla_train.segments import Segment, SegmentedForward, segments_of
 
 logger = logging.getLogger("dla_train.train")
@@ -53,6 +54,22 @@ class LoopResult:
     """Why the run has to go back to a checkpoint."""
 
 
+class Evaluation(Protocol):
+    """Published tasks that are asked of the weights as they stand; harness/in_training.py makes it."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the tasks."""
+
+    def run(
+        self, names: Sequence[str], weights: Iterator[tuple[str, Tensor]], stop: Callable[[], bool]
+    ) -> Iterator[tuple[str, TaskMetrics]]:
+        """The metrics of each of `names` as it is done; ends early where `stop`, asked often, is true. Collective.
+
+        weights: the model's logical names and whole tensors. Changes nothing that training reads.
+        """
+
+
 @dataclass(frozen=True)
 class Loop:
     """What a run's steps need, made by `train.py`."""
@@ -68,6 +85,7 @@ class Loop:
     rewinds: Sequence[Rewind]
     """All returns to checkpoints so far: they say which data a step reads."""
     guard: Guard
+    evaluation: Evaluation | None = None
 
     @property
     def last(self) -> int:
@@ -77,9 +95,10 @@ class Loop:
     def run(self, done: int) -> LoopResult:
         """Train until the last step, a signal, or a judgement; `done` steps were done before this start."""
         begun, guard, result, owed = done, self.guard, LoopResult(done), False
+        stopped_by = self._evaluate(done)  # what an earlier start did not finish
         self.log.clock.restart()
         while done < self.last:
-            if stopped_by := self.signals.agreed(self.mesh):
+            if stopped_by := stopped_by or self.signals.agreed(self.mesh):
                 if done > begun:
                     self._save(done, wait=True)
                 return replace(result, stopped_by=stopped_by)
@@ -100,7 +119,8 @@ class Loop:
             if owed and (done == self.last or not guard.doubts):  # else good checkpoints would make room for bad ones
                 self._save(done, wait=done == self.last)
                 owed = False
-        return result
+            stopped_by = self._evaluate(done)  # after the save, which a long evaluation must not put at risk
+        return replace(result, stopped_by=stopped_by)
 
     def _train_step(self, done: int, *, wants_loss: bool) -> _Step:
         """Step `done` + 1, with its line where one is due."""
@@ -178,6 +198,28 @@ class Loop:
         """Whether the save in progress, or the last one, is of this step and complete. Collective."""
         self.checkpointer.finish()
         return self.checkpointer.last_complete == done
+
+    def _evaluate(self, done: int) -> str:
+        """Ask the tasks that are due after step `done`; the signal that ended it early, by name, "" for none."""
+        if self.evaluation is None or not self._evaluation_due(done):
+            return ""
+        known = self.log.evaluated(done)
+        wanted = [name for name in self.evaluation.names if name not in known]
+        if not wanted:
+            return ""
+        weights = takewhile(lambda named: named[0].startswith("model/"), self.engine.export_state())
+        finished = 0
+        with self.watchdog.phase("evaluation"):
+            for name, metrics in self.evaluation.run(wanted, weights, lambda: bool(self.signals.agreed(self.mesh))):
+                self.log.evaluation(done, name, metrics)
+                finished += 1
+                self.watchdog.enter("evaluation")
+        self.log.clock.restart()
+        return self.signals.agreed(self.mesh) if finished < len(wanted) else ""
+
+    def _evaluation_due(self, step: int) -> bool:
+        interval = self.config.evaluation.interval_steps
+        return step > 0 and (step == self.config.train.steps or (interval > 0 and step % interval == 0))
 
     def _validation_due(self, step: int) -> bool:
         train = self.config.train

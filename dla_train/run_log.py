@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import Config
 from dla_train.evaluate.held_out import HeldOut
-from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks
+from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks, read_lines
 from dla_train.parallel.mesh import Mesh
 from dla_train.start_clock import StartClock
 from dla_train.telemetry import MemoryTelemetry
 
 logger = logging.getLogger("dla_train.train")
+
+EVALUATION = "eval"
+"""First part of the names of published tasks' metrics, `eval/<task>/<metric>`."""
+TaskMetrics = Mapping[str, tuple[float, float | None]]
+"""(value, its standard error if there is one) by metric."""
 
 
 class RunLog:
@@ -78,6 +86,27 @@ class RunLog:
         logger.info(line, step, result.loss, result.bits_per_byte, gap)
         self._write(step, result.numbers())
 
+    def evaluation(self, step: int, task: str, metrics: TaskMetrics) -> None:
+        """Write the metrics of a published task."""
+        told: list[str] = []
+        numbers: dict[str, float] = {}
+        for metric, (value, stderr) in metrics.items():
+            name = f"{EVALUATION}/{task}/{metric}"
+            told.append(f"{metric} {value:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}"))
+            numbers |= {name: value} if stderr is None else {name: value, f"{name}_stderr": stderr}
+        logger.info("step %d: %s %s", step, task, ", ".join(told))
+        self._write(step, numbers)
+
+    def evaluated(self, step: int) -> set[str]:
+        """The tasks whose metrics of `step` are written, by an earlier start too. Collective."""
+        return set(self._mesh.from_writer(_tasks_of(self._config, step) if self._mesh.is_writer else None))
+
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(step, numbers)
+
+
+def _tasks_of(config: Config, step: int) -> set[str]:
+    lines = read_lines(Path(config.run_dir) / METRICS_FILE)
+    names = [name for line in lines if line["step"] == step for name in line]
+    return {name.split("/")[1] for name in names if name.startswith(f"{EVALUATION}/")}

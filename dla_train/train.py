@@ -31,9 +31,11 @@ from dla_train.data.errors import DataError
 from dla_train.data.loader import DataSources, open_sources
 from dla_train.engine import Engine, build_engine
 from dla_train.evaluate.held_out import HeldOut
+from dla_train.harness.errors import EvaluateError
+from dla_train.harness.planned import evaluation_of
 from dla_train.huggingface.initial import begin_with
 from dla_train.hydra_app import config_to_yaml, run_application
-from dla_train.loop import Loop, LoopResult
+from dla_train.loop import Evaluation, Loop, LoopResult
 from dla_train.models.build import meta_model
 from dla_train.models.cost import memory_capacity, merge_cache_bytes
 from dla_train.models.language_model import LanguageModel
@@ -80,7 +82,7 @@ def main() -> None:
         clock.part("settings")
         codes.append(STOPPED if train(config, clock).stopped_by else FINISHED)
 
-    errors = (ConfigError, DataError, CheckpointError, RunDirectoryError, JournalError, TrainingDiverged)
+    errors = (ConfigError, DataError, CheckpointError, RunDirectoryError, JournalError, EvaluateError, TrainingDiverged)
     sys.exit(run_application(job, errors) or max(codes))
 
 
@@ -112,8 +114,11 @@ def train(config: Config, clock: StartClock | None = None) -> TrainResult:
         )
         identity = run_identity(config, sources.train.fingerprint, sources.tokenizer.fingerprint)
         clock.part("data")
+        evaluation = evaluation_of(config, mesh, sources.tokenizer)
+        if evaluation is not None:
+            clock.part("tasks")
         with hold_run_directory(config, identity, mesh) as lock:
-            return Run(config, mesh, sources, watchdog, identity, lock, clock).train()
+            return Run(config, mesh, sources, watchdog, identity, lock, clock, evaluation).train()
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Run:
     """What makes it this run."""
     lock: RunLock | None
     clock: StartClock
+    evaluation: Evaluation | None
 
     def train(self) -> TrainResult:
         """Loops from checkpoint to checkpoint until one ends the run."""
@@ -183,6 +189,7 @@ class Run:
                 self.watchdog,
                 tuple(rewinds),
                 guard,
+                self.evaluation,
             )
             return loop.run(done)
 
@@ -245,7 +252,7 @@ def _journal_or_error(config: Config) -> list[Rewind] | JournalError:
 
 def _limits(resilience: ResilienceConfig) -> dict[str, float]:
     """Seconds each phase of the watchdog may take."""
-    phases = ("setup", "first_step", "step", "validation", "checkpoint")
+    phases = ("setup", "first_step", "step", "validation", "evaluation", "checkpoint")
     return {phase: 60 * getattr(resilience, f"{phase}_minutes") for phase in phases}
 
 

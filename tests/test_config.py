@@ -202,6 +202,23 @@ BROKEN = {
         ["train.validation_band_edges_tokens=[99999999]"],
     ),
     "no training files": (["data.train=[]"], ["data.train"]),
+    "tasks without documents": (
+        ["evaluation.tasks=[piqa]"],
+        ["evaluation.tasks=['piqa']", "evaluation.data_dir", "fetch"],
+    ),
+    "a task twice": (["evaluation=commonsense", "evaluation.tasks=[piqa,piqa]"], ["names piqa twice"]),
+    "settings of no task": (["evaluation.interval_steps=5"], ["evaluation.interval_steps=5", "evaluation.tasks"]),
+    "no room for a question": (["evaluation=commonsense", "evaluation.max_length=1"], ["evaluation.max_length=1"]),
+    "short needles": (["evaluation=commonsense", "evaluation.lengths=[128]"], ["evaluation.lengths=[128]", "256"]),
+    "a length twice": (["evaluation=commonsense", "evaluation.lengths=[512,512]"], ["each once"]),
+    "questions longer than the memory": (
+        ["memory=log_linear", "memory.capacity=10", "evaluation=commonsense", "evaluation.max_length=513"],
+        ["evaluation.max_length=513", "512 tokens", "memory.capacity"],
+    ),
+    "needles longer than the memory": (
+        ["memory=log_linear", "memory.capacity=10", "evaluation=commonsense", "evaluation.lengths=[256,1024]"],
+        ["evaluation.lengths=1024", "512 tokens"],
+    ),
     "empty run_dir": (["run_dir=''"], ["run_dir"]),
     "misspelt choice": (["optim.schedule=cosin"], ["optim.schedule=cosin", "did you mean cosine?", "wsd"]),
 }

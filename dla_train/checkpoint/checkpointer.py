@@ -164,8 +164,8 @@ class Checkpointer:
         Raises CheckpointError where `checkpoint.resume` forbids or requires one, where all are damaged, or where it
         is of another model; then nothing has been changed.
         """
-        shapes, progress = engine.shapes(), self._config.logging.progress
-        opened = newest_undamaged(self.root, shapes, self._mesh, progress=progress)
+        config, shapes = self._config, engine.shapes()
+        opened = newest_undamaged(self.root, shapes, self._mesh, config=config, progress=config.logging.progress)
         if opened is None:
             if self._config.checkpoint.resume == "required":
                 raise CheckpointError(

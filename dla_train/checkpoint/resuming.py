@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from dla_train.checkpoint.errors import CheckpointError, DamagedError
 from dla_train.checkpoint.folders import checkpoint_folder, find_checkpoints, put_back_replaced, set_aside
+from dla_train.checkpoint.run_directory import check_model_settings
 from dla_train.checkpoint.state import check_shapes, stored_random_state
 from dla_train.checkpoint.stored import StoredCheckpoint
 from dla_train.checkpoint.tensor_files import StoredTensors
+from dla_train.config import Config
 from dla_train.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -41,19 +43,24 @@ class Opened:
 
 
 def newest_undamaged(
-    root: Path, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, *, progress: bool = False
+    root: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    *,
+    config: Config | None = None,
+    progress: bool = False,
 ) -> Opened | None:
     """Open the checkpoint to go on from; None where there is none at all.
 
-    shapes: of the engine's tensors. Raises CheckpointError, the same on every rank, where all are damaged and for every
-    fault that is not damage.
+    shapes: of the engine's tensors. config: whose model and memory it must have; None compares shapes alone. Raises
+    CheckpointError, the same on every rank, where all are damaged and for every fault that is not damage.
     """
     steps = mesh.from_writer(_marked_steps(root) if mesh.is_writer else None)
     if isinstance(steps, CheckpointError):
         raise steps
     for step in reversed(steps):
         folder = checkpoint_folder(root, step)
-        opened, error = _open(folder, step, shapes, mesh, progress)
+        opened, error = _open(folder, step, shapes, mesh, config, progress)
         worst = _worst(mesh.gather(error))
         if worst is None:
             return opened
@@ -81,7 +88,12 @@ def _marked_steps(root: Path) -> list[int] | CheckpointError:
 
 
 def _open(
-    folder: Path, step: int, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, progress: bool
+    folder: Path,
+    step: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    config: Config | None,
+    progress: bool,
 ) -> tuple[Opened | None, CheckpointError | None]:
     """Hash this rank's share of the files, then read all that is small."""
     try:
@@ -94,6 +106,8 @@ def _open(
         ) as bar:
             checkpoint.verify(share, bar.update)
         trainer, tensors = checkpoint.trainer(), checkpoint.tensors("model", "optim", "rng")
+        if config is not None:
+            check_model_settings(folder, trainer["config"], config)
         check_shapes(folder, tensors, shapes)
         random = stored_random_state(folder, tensors, mesh.rank, mesh.device)
     except CheckpointError as error:

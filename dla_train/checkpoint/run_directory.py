@@ -2,7 +2,7 @@
 
 A run is its model, memory, data, optimizer, seed, initial weights, global batch, length and compute type: whatever
 decides its numbers beyond rounding. Free to change between starts are the ranks, engine, micro-batch, recomputation,
-device, chunk length and backend of the operations, stop_at_step, validation, logging and checkpoint settings.
+device, chunk length and backend of the operations, stop_at_step, and how it validates, evaluates, logs and saves.
 `train.steps` is part of the run: the schedules end there, so a longer run is another run from its first step on.
 """
 
@@ -27,21 +27,37 @@ from dla_train.parallel.mesh import Mesh
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 _FREE = {"model": ("name",), "memory": ("backend", "chunk_tokens")}
 _SHOWN = 5
+_FIRST = ("model.backbone", "memory.policy")
 
 
 def run_identity(config: Config, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
     """Every setting that makes two runs different, by dotted key."""
-    identity: dict[str, Any] = {"seed": config.seed}
-    for group in ("model", "memory", "optim"):
-        for key, value in dataclasses.asdict(getattr(config, group)).items():
-            if key not in _FREE.get(group, ()):
-                identity[f"{group}.{key}"] = value
+    identity: dict[str, Any] = {"seed": config.seed, **_settings(config, "model", "memory", "optim")}
     for key in ("steps", "global_batch_rows", "dtype", "initial"):
         identity[f"train.{key}"] = getattr(config.train, key)
     identity["data.context_tokens"] = config.data.context_tokens
     identity["data fingerprint"] = data_fingerprint
     identity["tokenizer fingerprint"] = tokenizer_fingerprint
     return identity
+
+
+def check_model_settings(folder: Path, stored: dict[str, Any], config: Config) -> None:
+    """Raise CheckpointError unless a checkpoint's configuration has the run's model and memory.
+
+    Shapes do not tell: policies and rules of a memory that merge differently may have the same parameters.
+    """
+    here = _settings(config, "model", "memory")
+    there = {key: _default(key) for key in here}
+    for key in here:
+        group, _, name = key.partition(".")
+        values = stored.get(group)
+        if isinstance(values, dict) and name in values:
+            there[key] = values[name]
+    if listed := _listed(there, here):
+        raise CheckpointError(
+            f"{folder} was trained with another model or memory: {listed}. Resume with its settings, or begin a new "
+            "run with its weights: dla-export, then train.initial=FOLDER in another run_dir"
+        )
 
 
 def check_run_directory(config: Config, identity: dict[str, Any], mesh: Mesh) -> None:
@@ -118,17 +134,31 @@ def find_objection(config: Config, identity: dict[str, Any]) -> str | None:
 def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]) -> str | None:
     # what an earlier version did not write down was not there to be chosen: it is what it is by default
     there = {key: _default(key) for key in identity} | stored["identity"]
-    keys = [key for key in sorted(there.keys() | identity.keys()) if there.get(key) != identity.get(key)]
-    if not keys:
+    listed = _listed(there, identity)
+    if not listed:
         return None
-    listed = "; ".join(
-        f"{key} is {_short(there.get(key))} there and {_short(identity.get(key))} here" for key in keys[:_SHOWN]
-    )
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return (
-        f"run_dir={run_dir} holds another run, {stored.get('name')}: {listed}{more}. "
+        f"run_dir={run_dir} holds another run, {stored.get('name')}: {listed}. "
         "Choose another run_dir, or resume with the settings of that run"
     )
+
+
+def _settings(config: Config, *groups: str) -> dict[str, Any]:
+    """What of some groups decides a run, by dotted key."""
+    return {
+        f"{group}.{key}": value
+        for group in groups
+        for key, value in dataclasses.asdict(getattr(config, group)).items()
+        if key not in _FREE.get(group, ())
+    }
+
+
+def _listed(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The first settings that differ, those that explain the others before them; "" for none."""
+    differing = [key for key in there.keys() | here.keys() if there.get(key) != here.get(key)]
+    keys = sorted(differing, key=lambda key: (key not in _FIRST, key))
+    shown = [f"{key} is {_short(there.get(key))} there and {_short(here.get(key))} here" for key in keys[:_SHOWN]]
+    return "; ".join(shown) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 
 
 def _default(key: str) -> Any:

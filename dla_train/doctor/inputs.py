@@ -13,6 +13,8 @@ from dla_train.data.shard_list import expand_prefixes
 from dla_train.data.tokenizer import Tokenizer, load_tokenizer
 from dla_train.data_config import training_sources
 from dla_train.doctor.findings import FAILED, OK, Finding
+from dla_train.harness.errors import EvaluateError
+from dla_train.harness.planned import planned
 
 SHOWN = 5
 """Wrong shards that are named."""
@@ -35,7 +37,18 @@ def check_inputs(config: Config) -> tuple[list[Finding], DataSources | None]:
         about_data = _about(config, sources)
     except ERRORS as error:
         return [about_tokenizer, Finding("data", FAILED, str(error))], None
-    return [about_tokenizer, about_data], sources
+    return [about_tokenizer, about_data, *_tasks(config)], sources
+
+
+def _tasks(config: Config) -> list[Finding]:
+    """Whether the published tasks that training asks are known and their documents there."""
+    if not config.evaluation.tasks:
+        return []
+    try:
+        planned(config)
+    except (*ERRORS, EvaluateError) as error:
+        return [Finding("evaluation", FAILED, str(error))]
+    return [Finding("evaluation", OK, f"{', '.join(config.evaluation.tasks)} in {config.evaluation.data_dir}")]
 
 
 def _tokenizer(config: Config) -> tuple[Tokenizer | None, Finding]:

@@ -41,7 +41,10 @@ class Engine(Protocol):
         """(parameter name, whole summed gradient) one by one, between the last backward and the step."""
 
     def export_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, whole tensor) one by one; a tensor may be live storage and is valid until the next one."""
+        """(logical name, whole tensor) one by one, the model's before the optimizer's.
+
+        A tensor may be live storage and is valid until the next one.
+        """
 
     def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Load every tensor of `shapes()` and continue as after `steps` optimizer steps."""

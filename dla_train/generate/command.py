@@ -41,7 +41,12 @@ _EXAMPLES = """examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Console entry; returns 0, or 2 after a mistake that was explained."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        of_the_run = rest[0].lstrip("+").startswith(("memory", "model"))
+        why = "; a checkpoint generates with the model and memory that it was trained with" if of_the_run else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{why}")
     try:
         _run(options)
     except (GenerationError, ConfigError, CheckpointError, DataError, OSError) as error:

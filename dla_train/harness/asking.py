@@ -7,36 +7,39 @@ for means; its bootstraps of other aggregations start processes and take minutes
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval import evaluate
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 
-from dla_train.harness.needles import Needles, hits
+from dla_train.harness.needles import hits
 from dla_train.harness.settings import EvaluateConfig, Unit
-from dla_train.harness.tasks import build_task
 
 Metrics = dict[str, dict[str, float | None]]
 """{metric: {value, stderr}}; accuracies from 0 to 1."""
 
 
-def ask(model: LM, unit: Unit, config: EvaluateConfig, needles: Needles | None) -> tuple[Metrics, list[dict[str, Any]]]:
-    """(metrics, samples) of a unit. Raises EvaluateError where its documents cannot be had."""
-    task = build_task(unit, config, needles)
+def ask(model: LM, unit: Unit, config: EvaluateConfig, task: Task) -> tuple[Metrics, list[dict[str, Any]]]:
+    """(metrics, samples) of a unit, `task` being its (build_task); it can be asked again. Seeds every generator."""
     task.set_config(key="num_fewshot", value=config.num_fewshot)
     task.set_fewshot_seed(seed=config.seed)
     seed_everything(config.seed)
-    found = evaluate(
-        model,
-        task_dict={"tasks": {unit.task.name: task}},
-        limit=None if unit.length is not None else config.limit or None,
-        bootstrap_iters=0,
-    )
+    with _no_bars():
+        found = evaluate(
+            model,
+            task_dict={"tasks": {unit.task.name: task}},
+            limit=None if unit.length is not None else config.limit or None,
+            bootstrap_iters=0,
+        )
     assert found is not None
     documents = found["samples"][unit.task.name]
     samples = [_sample(unit, document) for document in documents]
@@ -48,6 +51,17 @@ def ask(model: LM, unit: Unit, config: EvaluateConfig, needles: Needles | None) 
         values = [document[name] for document in documents]
         metrics[name] = {"value": float(aggregated[name]), "stderr": _stderr(name, values, float(aggregated[name]))}
     return metrics, samples
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without lm_eval's bar of building prompts, which has no setting; the model's own counts requests."""
+    before = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = functools.partial(before, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = before
 
 
 def seed_everything(seed: int) -> None:

@@ -2,6 +2,7 @@
 
   dla-evaluate run=RUN_DIR suite=commonsense data_dir=data/evaluation    # the same command again goes on
   dla-evaluate run=RUN_DIR suite=all data_dir=data/evaluation tasks=[piqa,swde] limit=100
+  torchrun --nproc-per-node=8 -m dla_train.harness.command run=RUN_DIR suite=all data_dir=data/evaluation    # 8 devices
   dla-evaluate fetch suite=all data_dir=data/evaluation                  # once, with a network: writes the local copies
 
 Suites: commonsense, retrieval, ruler, longbench, all, wikitext (configs/suite). Every setting and its meaning:
@@ -10,6 +11,7 @@ dla_train/harness/settings.py. Exit code 0; 2 after a mistake; 75 where it was i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -51,7 +53,8 @@ def _evaluate(words: Sequence[str]) -> None:
     from dla_train.harness.evaluation import TABLE, evaluate
 
     output = evaluate(config)
-    print(f"\n{(output / TABLE).read_text(encoding='utf-8')}\nresults: {output}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{(output / TABLE).read_text(encoding='utf-8')}\nresults: {output}")
 
 
 if __name__ == "__main__":

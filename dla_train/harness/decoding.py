@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from dla_train.generate.decoding import generate
 from dla_train.generate.sampling import Sampling
+from dla_train.harness.scoring import dealt
 from dla_train.models.language_model import LanguageModel
 
 Done = Callable[[list[int]], bool]
@@ -17,15 +18,25 @@ Done = Callable[[list[int]], bool]
 
 
 def answers(
-    model: LanguageModel, prompts: Sequence[tuple[int, ...]], new_tokens: int, done: Done, *, rows: int
+    model: LanguageModel,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    done: Done,
+    *,
+    rows: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Likeliest continuations of up to `new_tokens`, batch by batch with the prompts' indices, longest first.
 
-    done: asked of every answer after every token. rows: prompts at once, each with caches of its own.
+    done: asked of every answer after every token. rows: prompts at once, each with caches of its own. Several ranks
+    share the batches as in `score`.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
-    for begin in range(0, len(order), rows):
-        chosen = order[begin : begin + rows]
+    for chosen in dealt([order[begin : begin + rows] for begin in range(0, len(order), rows)], rank, ranks):
+        if chosen is None:
+            yield []
+            continue
         made: list[list[int]] = [[] for _ in chosen]
 
         def ended(place: int, token: int, made: list[list[int]] = made) -> bool:

@@ -2,33 +2,41 @@
 
 Whatever decides a unit's numbers stands in its result. One that is there with the same settings is not repeated; one
 with others is an error, never overwritten and never mixed. What was answered of the unit in work is in its journal.
+Under torchrun rank 0 reads and writes the files and the others help it to answer: model.py shares the batches.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
+import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
 from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
-from dla_train.config import ConfigError
+from dla_train.config import ConfigError, ParallelConfig
 from dla_train.config_rules import longest_context
-from dla_train.harness.documents import HAYSTACK, check_first, file_hash, local_files, read_haystack
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.heat_map import write_heat_map
-from dla_train.harness.journal import Journal, check_identity, check_journal
+from dla_train.harness.inputs import check_files, needle_samples, needles_of
+from dla_train.harness.journal import AnswersOfAnother, Journal, check_identity, check_journal
 from dla_train.harness.loading import OpenedRun, open_run
-from dla_train.harness.needles import TASKS, Needles
 from dla_train.harness.report import table
 from dla_train.harness.settings import EvaluateConfig, Unit, units
+from dla_train.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from dla_train.harness.asking import Metrics
+    from dla_train.harness.model import Counts, DlaModel
 
 RESULTS, TABLE, UNITS = "results.json", "results.md", "units"
 VERSIONS = ("dla-train", "lm_eval", "torch", "datasets", "transformers", "numpy")
@@ -41,66 +49,77 @@ def evaluate(config: EvaluateConfig) -> Path:
     `open_run` raises.
     """
     wanted = units(config)
-    files = _check_files(config, wanted)
+    files = check_files(config, wanted)
     opened = open_run(config.run, step=config.step, device=config.device, dtype=config.dtype, bos=config.bos)
     _check_lengths(config, opened, wanted)
     output = Path(config.output or f"{config.run}/evaluation/step_{opened.step}")
-    (output / UNITS).mkdir(parents=True, exist_ok=True)
-    lock = RunLock(output)
-    try:
-        results = _run_units(config, opened, wanted, files, output)
-    finally:
-        lock.release()
-    write_atomically(output / RESULTS, json.dumps(_summary(config, opened, results), indent=1))
-    write_atomically(output / TABLE, table(config.suite.tables, results, _title(opened)))
-    if any(unit.length is not None for unit in wanted):
-        write_heat_map(output, results)
+    with ranks_of_a_launcher(config, opened) as mesh:
+        worker = _Worker(config, opened, output, mesh)
+        if mesh.is_writer:
+            _lead(worker, wanted, files)
+        else:
+            worker.follow(wanted)
     return output
 
 
-def _run_units(
-    config: EvaluateConfig, opened: OpenedRun, wanted: list[Unit], files: dict[str, dict[str, str]], output: Path
-) -> dict[str, dict[str, Any]]:
-    """Results by unit: those that are there, and the others, one after the other."""
+def ranks_of_a_launcher(config: EvaluateConfig, opened: OpenedRun) -> Mesh:
+    """The processes that torchrun started, each with the whole model; else this one alone, without any group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Mesh(0, 1, opened.model.embedding.weight.device, owns_group=False)
+    train = replace(opened.config.train, device=config.device)
+    return Mesh.start(replace(opened.config, parallel=ParallelConfig(), train=train))
+
+
+def _lead(worker: _Worker, wanted: list[Unit], files: dict[str, dict[str, str]]) -> None:
+    """Every unit that is not finished, with the other ranks, and the files at the end. On rank 0."""
+    config, opened, output = worker.config, worker.opened, worker.output
     settings = {unit.name: _settings(config, opened, unit, files) for unit in wanted}
-    results = {unit.name: _finished(output, unit, settings[unit.name]) for unit in wanted}
-    worker = None
+    try:
+        (output / UNITS).mkdir(parents=True, exist_ok=True)
+        lock = RunLock(output)
+    except (OSError, RunDirectoryError):
+        worker.dismiss()
+        raise
+    try:
+        results = _results(worker, wanted, settings)
+    finally:
+        lock.release()
+    write_atomically(output / RESULTS, json.dumps(_summary(worker, results), indent=1))
+    write_atomically(output / TABLE, table(config.suite.tables, results, _title(opened)))
+    if any(unit.length is not None for unit in wanted):
+        write_heat_map(output, results)
+
+
+def _results(worker: _Worker, wanted: list[Unit], settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by unit: those that are there, and the others, one after the other."""
+    try:
+        known = {unit.name: _finished(worker.output, unit, settings[unit.name]) for unit in wanted}
+    except (EvaluateError, CheckpointError):
+        worker.dismiss()
+        raise
+    results = {}
     for number, unit in enumerate(wanted, 1):
-        found = results[unit.name]
-        if found is None:
-            worker = worker or _Worker(config, opened, output)
-            found = worker.run(unit, settings[unit.name], f"{number}/{len(wanted)} {unit.name}")
-            results[unit.name] = found
+        title = f"{number}/{len(wanted)} {unit.name}"
+        found = known[unit.name] or worker.run(unit, settings[unit.name], title)
+        results[unit.name] = found
         print(_line(unit, found), flush=True)
-    return {name: result for name, result in results.items() if result is not None}
+    worker.dismiss()
+    return results
 
 
 class _Worker:
-    """What asks lm_eval, made when there is something to ask: its import takes seconds."""
+    """What asks lm_eval, on every rank; its model is made when there is something to ask: the import takes seconds."""
 
-    def __init__(self, config: EvaluateConfig, opened: OpenedRun, output: Path) -> None:
-        from dla_train.harness.model import DlaModel
-
-        self.config, self.opened, self.output = config, opened, output
-        self.model = DlaModel(
-            opened.model,
-            opened.tokenizer,
-            max_length=_max_length(config, opened),
-            bos=opened.bos,
-            batch_tokens=config.batch_tokens,
-            decode_rows=config.decode_rows,
-            progress=config.progress,
-        )
+    def __init__(self, config: EvaluateConfig, opened: OpenedRun, output: Path, mesh: Mesh) -> None:
+        self.config, self.opened, self.output, self.mesh = config, opened, output, mesh
 
     def run(self, unit: Unit, settings: dict[str, Any], title: str) -> dict[str, Any]:
-        """Evaluate a unit and keep its result and samples."""
-        from dla_train.harness.asking import ask
-
+        """Evaluate a unit with the other ranks, and keep its result and samples. On rank 0."""
         began = time.perf_counter()
         journal = Journal(_journal_path(self.output, unit), settings)
         before = len(journal)
-        with self.model.unit(title, unit.length or self.model.max_length, journal) as counts:
-            metrics, samples = ask(self.model, unit, self.config, self._needles(unit))
+        self.mesh.from_writer((unit.name, journal.answers))
+        metrics, samples, counts = self._ask(unit, title, journal)
         write_atomically(
             self.output / UNITS / f"{unit.name}.samples.jsonl",
             "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples),
@@ -118,11 +137,41 @@ class _Worker:
         journal.path.unlink()
         return result
 
-    def _needles(self, unit: Unit) -> Needles | None:
-        if unit.length is None:
-            return None
-        text = read_haystack(_haystack(self.config)) if _essay(unit) else ""
-        return Needles(self.opened.tokenizer, self.opened.bos, text, _samples(self.config), self.config.seed)
+    def follow(self, wanted: list[Unit]) -> None:
+        """Work on what rank 0 runs, until it says that there is no more. On the other ranks."""
+        by_name = {unit.name: unit for unit in wanted}
+        while (asked := self.mesh.from_writer(None)) is not None:
+            name, answers = asked
+            self._ask(by_name[name], name, AnswersOfAnother(answers))
+
+    def dismiss(self) -> None:
+        """Let the other ranks end."""
+        self.mesh.from_writer(None)
+
+    def _ask(
+        self, unit: Unit, title: str, journal: Journal | AnswersOfAnother
+    ) -> tuple[Metrics, list[dict[str, Any]], Counts]:
+        from dla_train.harness.asking import ask
+        from dla_train.harness.tasks import build_task
+
+        task = build_task(unit, self.config, needles_of(self.config, unit, self.opened.tokenizer, self.opened.bos))
+        with self._model.unit(title, unit.length or self._model.max_length, journal) as counts:
+            return *ask(self._model, unit, self.config, task), counts
+
+    @functools.cached_property
+    def _model(self) -> DlaModel:
+        from dla_train.harness.model import DlaModel
+
+        return DlaModel(
+            self.opened.model,
+            self.opened.tokenizer,
+            max_length=_max_length(self.config, self.opened),
+            bos=self.opened.bos,
+            batch_tokens=self.config.batch_tokens,
+            decode_rows=self.config.decode_rows,
+            progress=self.config.progress and self.mesh.is_writer,
+            mesh=self.mesh,
+        )
 
 
 def _settings(
@@ -141,7 +190,7 @@ def _settings(
         "lm_eval": importlib.metadata.version("lm_eval"),
         "documents": files[unit.name],
     }
-    return common if unit.length is None else {**common, "samples": _samples(config)}
+    return common if unit.length is None else {**common, "samples": needle_samples(config)}
 
 
 def _finished(output: Path, unit: Unit, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -155,25 +204,6 @@ def _finished(output: Path, unit: Unit, settings: dict[str, Any]) -> dict[str, A
     return result
 
 
-def _check_files(config: EvaluateConfig, wanted: list[Unit]) -> dict[str, dict[str, str]]:
-    """Every local file is there and begins as it should: {unit: {file: sha256}}. Raises EvaluateError."""
-    hashes: dict[Path, str] = {}
-    found: dict[str, dict[str, str]] = {}
-    for unit in wanted:
-        paths: list[Path] = []
-        if unit.length is None and config.data_dir is not None:
-            paths = list(local_files(Path(config.data_dir), unit.task, config.num_fewshot).values())
-            for path in paths:
-                check_first(path, unit.task.columns)
-        elif unit.length is not None and _essay(unit):
-            paths = [_haystack(config)]
-            read_haystack(paths[0])
-        for path in paths:
-            hashes[path] = hashes.get(path) or file_hash(path)
-        found[unit.name] = {"/".join(path.parts[-2:]): hashes[path] for path in paths}
-    return found
-
-
 def _check_lengths(config: EvaluateConfig, opened: OpenedRun, wanted: list[Unit]) -> None:
     longest = longest_context(opened.config.memory)
     for unit in wanted:
@@ -185,22 +215,6 @@ def _check_lengths(config: EvaluateConfig, opened: OpenedRun, wanted: list[Unit]
                 f"memory.capacity={opened.config.memory.capacity} holds at most {longest}; choose shorter ones, or "
                 "train with more capacity"
             )
-
-
-def _haystack(config: EvaluateConfig) -> Path:
-    if config.haystack is None and config.data_dir is None:
-        raise EvaluateError(
-            "the needle tasks hide their needles in a text; name one with haystack=FILE, or set data_dir"
-        )
-    return Path(config.haystack) if config.haystack is not None else Path(config.data_dir or "") / HAYSTACK
-
-
-def _essay(unit: Unit) -> bool:
-    return TASKS[unit.task.name]["type_haystack"] == "essay"
-
-
-def _samples(config: EvaluateConfig) -> int:
-    return min(config.suite.samples, config.limit or config.suite.samples)
 
 
 def _max_length(config: EvaluateConfig, opened: OpenedRun) -> int:
@@ -228,7 +242,8 @@ def _title(opened: OpenedRun) -> str:
     return f"{opened.config.name}, step {opened.step}"
 
 
-def _summary(config: EvaluateConfig, opened: OpenedRun, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _summary(worker: _Worker, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    config, opened = worker.config, worker.opened
     model = opened.config.model
     return {
         "run": str(config.run),
@@ -240,7 +255,7 @@ def _summary(config: EvaluateConfig, opened: OpenedRun, results: dict[str, dict[
         "settings": asdict(config),
         "seeds": dict.fromkeys(("random", "numpy", "torch", "fewshot", "needles"), config.seed),
         "versions": {name: _version(name) for name in VERSIONS},
-        "device": {"name": _device_name(opened), "python": platform.python_version()},
+        "device": {"name": _device_name(opened), "python": platform.python_version(), "ranks": worker.mesh.size},
         "units": results,
     }
 

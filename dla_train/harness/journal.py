@@ -24,25 +24,40 @@ class Journal:
         self.path = path
         check_journal(path, identity)
         lines = _whole_lines(path)
-        self._answers: dict[str, Any] = dict(_parsed(path, line, list) for line in lines[1:])
+        self.answers: dict[str, Any] = dict(_parsed(path, line, list) for line in lines[1:])
         if lines:
             os.truncate(path, sum(len(line) + 1 for line in lines))
         else:
             path.write_text(json.dumps({"identity": identity}, sort_keys=True) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self.answers)
+
+    def get(self, key: str) -> Any:
+        """The answer to a request, None where there is none."""
+        return self.answers.get(key)
+
+    def add(self, answers: Iterable[tuple[str, Any]]) -> None:
+        """Keep some answers; they are on their way to the disk when this returns."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            for key, answer in answers:
+                self.answers[key] = answer
+                file.write(json.dumps([key, answer]) + "\n")
+
+
+class AnswersOfAnother:
+    """What the journal of rank 0 holds, on another rank; what is added is kept by rank 0."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self._answers = answers
 
     def get(self, key: str) -> Any:
         """The answer to a request, None where there is none."""
         return self._answers.get(key)
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Keep some answers; they are on their way to the disk when this returns."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            for key, answer in answers:
-                self._answers[key] = answer
-                file.write(json.dumps([key, answer]) + "\n")
+        """Know some answers from now on."""
+        self._answers.update(answers)
 
 
 def check_journal(path: Path, identity: dict[str, Any]) -> None:

@@ -8,10 +8,10 @@ thing it is not: in front of a whole text lm_eval puts BOS twice where prompts b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -23,15 +23,18 @@ from tqdm import tqdm
 from dla_train.data.tokenizer import Tokenizer
 from dla_train.harness.decoding import answers
 from dla_train.harness.errors import EvaluateError
-from dla_train.harness.journal import Journal, request_key
+from dla_train.harness.journal import AnswersOfAnother, Journal, request_key
 from dla_train.harness.loading import open_run
 from dla_train.harness.scoring import Request, Score, score
 from dla_train.models.language_model import LanguageModel
+from dla_train.parallel.mesh import Mesh
 
 DEFAULT_NEW_TOKENS = 256
 """Longest answer of a task that does not say; as in lm_eval."""
 TAIL_TOKENS = 16
 """Tokens at an answer's end in which a stop string is looked for; the answer is cut at the whole text's first."""
+
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -60,15 +63,23 @@ class DlaModel(TemplateLM):
         batch_tokens: int = 16384,
         decode_rows: int = 16,
         progress: bool = False,
+        mesh: Mesh | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
-        """max_length: most tokens of a context with its answer. Raises EvaluateError for another model's tokenizer."""
+        """max_length: most tokens of a context with its answer. Raises EvaluateError for another model's tokenizer.
+
+        mesh: ranks that hold the same model, are asked the same, share the batches and all get every answer; None is
+        this process alone. between: called after each round of batches, on every rank after the same ones.
+        """
         super().__init__()
         check_tokenizer(model, tokenizer, bos)
         self.model, self.own_tokenizer, self.max_length = model.eval(), tokenizer, max_length
         self.bos, self.batch_tokens, self.decode_rows = bos, batch_tokens, decode_rows
         self.progress, self.title = progress, ""
+        self._mesh, self._between = mesh, between
+        self._share = (0, 1) if mesh is None else (mesh.rank, mesh.size)
         self.counts = Counts()
-        self.journal: Journal | None = None
+        self.journal: Journal | AnswersOfAnother | None = None
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DlaModel:
@@ -106,7 +117,7 @@ class DlaModel(TemplateLM):
         return ids if not self.bos or add_special_tokens is False else [self.prefix_token_id, *ids]
 
     @contextmanager
-    def unit(self, title: str, max_length: int, journal: Journal | None) -> Iterator[Counts]:
+    def unit(self, title: str, max_length: int, journal: Journal | AnswersOfAnother | None) -> Iterator[Counts]:
         """Work on one unit of an evaluation: its own length, journal and counts."""
         before = self.max_length
         self.title, self.max_length, self.journal, self.counts = title, max_length, journal, Counts()
@@ -142,12 +153,13 @@ class DlaModel(TemplateLM):
         found = {place: Score(*answer) for place, answer in self._answered(keys)}
         missing = [place for place in range(len(wanted)) if place not in found]
         with self._bar(len(missing), len(wanted)) as bar:
-            for scored in score(self.model, [wanted[place] for place in missing], batch_tokens=self.batch_tokens):
-                new = [(missing[number], value) for number, value in scored]
+            for scored in self._scores([wanted[place] for place in missing]):
+                new = [(missing[number], value) for number, value in self._of_all_ranks(scored)]
                 found.update(new)
                 self.counts.tokens += sum(len(wanted[place].inputs) for place, _ in new)
                 self._keep([(keys[place], [value.log_likelihood, value.greedy]) for place, value in new])
                 bar.update(len(new))
+                self._between()
         return [(found[place].log_likelihood, found[place].greedy) for place in range(len(wanted))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -159,11 +171,12 @@ class DlaModel(TemplateLM):
             for settings in sorted({one[1:] for one in asked}):
                 places = [place for place, one in enumerate(asked) if one[1:] == settings and place not in found]
                 for batch in self._answers([asked[place][0] for place in places], *settings):
-                    new = [(places[number], tokens) for number, tokens in batch]
+                    new = [(places[number], tokens) for number, tokens in self._of_all_ranks(batch)]
                     found.update(new)
                     self.counts.tokens += sum(len(asked[place][0]) + len(tokens) for place, tokens in new)
                     self._keep([(keys[place], tokens) for place, tokens in new])
                     bar.update(len(new))
+                    self._between()
         return [self._text(found[place], one[2]) for place, one in enumerate(asked)]
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
@@ -204,6 +217,10 @@ class DlaModel(TemplateLM):
         self.counts.truncated += tokens > 0
         self.counts.dropped_tokens += max(tokens, 0)
 
+    def _scores(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Score]]]:
+        rank, ranks = self._share
+        yield from score(self.model, requests, batch_tokens=self.batch_tokens, rank=rank, ranks=ranks)
+
     def _answers(
         self, prompts: Sequence[tuple[int, ...]], new_tokens: int, until: tuple[str, ...]
     ) -> Iterator[list[tuple[int, list[int]]]]:
@@ -213,7 +230,12 @@ class DlaModel(TemplateLM):
             tail = self.own_tokenizer.decode(tokens[-TAIL_TOKENS:])
             return any(stop in tail for stop in until if stop)
 
-        yield from answers(self.model, prompts, new_tokens, done, rows=self.decode_rows)
+        rank, ranks = self._share
+        yield from answers(self.model, prompts, new_tokens, done, rows=self.decode_rows, rank=rank, ranks=ranks)
+
+    def _of_all_ranks(self, found: list[Found]) -> list[Found]:
+        """What all ranks found in a round. Collective: no rank waits longer for another than a batch takes."""
+        return found if self._mesh is None else [one for part in self._mesh.gather(found) for one in part]
 
     def _text(self, tokens: list[int], until: tuple[str, ...]) -> str:
         end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from dla_train.models.language_model import LanguageModel
 
 VOCABULARY_ROWS = 2048
 """Positions whose scores are made float32 at once; bounds the memory beside the model's own output."""
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,22 @@ class Request:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, requests: Sequence[Request], *, batch_tokens: int) -> Iterator[list[tuple[int, Score]]]:
+def score(
+    model: LanguageModel, requests: Sequence[Request], *, batch_tokens: int, rank: int = 0, ranks: int = 1
+) -> Iterator[list[tuple[int, Score]]]:
     """The scores of each batch with the indices of their requests, longest first; the model is in evaluation mode.
 
-    batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
+    batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own. Of several ranks each
+    scores every so-manieth batch, the same batches as one rank alone; all make as many rounds, the last perhaps empty.
     """
     users: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         users.setdefault(request.inputs, []).append(index)
     device = model.embedding.weight.device
-    for rows in batches(sorted(users, key=len, reverse=True), batch_tokens):
+    for rows in dealt(list(batches(sorted(users, key=len, reverse=True), batch_tokens)), rank, ranks):
+        if rows is None:
+            yield []
+            continue
         logits = model(padded(rows, device)).logits
         indices = [(row, index) for row, inputs in enumerate(rows) for index in users[inputs]]
         places = [
@@ -65,6 +74,12 @@ def batches(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[list
         count = max(1, batch_tokens // len(rows[begin]))
         yield list(rows[begin : begin + count])
         begin += count
+
+
+def dealt(every: Sequence[Batch], rank: int, ranks: int) -> Iterator[Batch | None]:
+    """This rank's batch of each round, None where the last round has fewer batches than ranks."""
+    for begin in range(0, len(every), ranks):
+        yield every[begin + rank] if begin + rank < len(every) else None
 
 
 def padded(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:

@@ -20,6 +20,9 @@ from dla_train.config import ConfigError
 from dla_train.harness.catalogue import TaskEntry, catalogue, task_entry
 from dla_train.hydra_app import config_directory
 
+OF_THE_CHECKPOINT = ("model", "memory")
+"""Groups of a run's settings that cannot be chosen for its checkpoint."""
+
 
 @dataclass
 class SuiteConfig:
@@ -96,6 +99,9 @@ def compose(words: Sequence[str]) -> EvaluateConfig:
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
             composed = hydra.compose("evaluate", list(words))
+        known = {item.name for item in fields(EvaluateConfig)}
+        if added := [str(key) for key in composed if key not in known]:  # by +key=value
+            raise ConfigError(_unknown(added[0]))
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
@@ -182,6 +188,9 @@ def _explain(error: Exception) -> str:
             return f"{group}={option} is not there; {_near(option, legal)}choose from {', '.join(legal)}"
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
             return _unknown(str(cause.full_key))
+    for group in OF_THE_CHECKPOINT:
+        if f"Could not override '{group}'" in str(error):
+            return _unknown(group)
     first = next((cause for cause in _causes(error) if isinstance(cause, OmegaConfBaseException)), error)
     key = getattr(first, "full_key", None)
     reason = str(first).splitlines()[0]
@@ -191,6 +200,11 @@ def _explain(error: Exception) -> str:
 
 
 def _unknown(key: str) -> str:
+    if key.partition(".")[0] in OF_THE_CHECKPOINT:
+        return (
+            f"{key} is not a setting of an evaluation: a checkpoint is asked with the model and memory that it was "
+            "trained with; with another memory it is another model, which has to be trained (train.initial=FOLDER)"
+        )
     names = [item.name for item in fields(EvaluateConfig)]
     names += [f"suite.{item.name}" for item in fields(SuiteConfig)]
     return f"{key} is not a setting of an evaluation; {_near(key, names)}choose from {', '.join(names)}"

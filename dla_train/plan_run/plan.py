@@ -109,7 +109,7 @@ def _of_a_rank(config: Config, layout: Layout, target: Target) -> dict[str, Any]
     given = Weights(weights, shape.largest_weight, layout.backward_passes(config))
     return {
         "parameters_per_rank": weights,
-        "memory": budget(layout, shape, given, config.optim.z_loss > 0),
+        "memory": budget(layout, shape, given, config),
         "traffic": traffic(config, layout, shape, weights),
     }
 

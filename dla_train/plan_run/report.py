@@ -104,6 +104,7 @@ def _kinds(memory: Budget) -> list[tuple[str, int]]:
         ("workspace of a layer", memory.workspace),
         ("logits and loss", memory.loss),
         ("gradients in the step", states.step),
+        *([("copy for published tasks", memory.evaluation)] if memory.evaluation else []),
         ("most at once", memory.total),
     ]
 

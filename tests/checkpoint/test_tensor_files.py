@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from dla_train.checkpoint import DamagedError, tensor_files
+from dla_train.checkpoint import CheckpointError, DamagedError, tensor_files
 from dla_train.checkpoint.manifest import TENSORS
 from dla_train.checkpoint.state import Staging, check_shapes, deal, stored_random_state
 from dla_train.checkpoint.tensor_files import StoredTensors, write_tensor_files
@@ -132,3 +132,13 @@ def test_only_float32_is_saved_and_loaded(tmp_path: Path) -> None:
     stored = written(tmp_path, {"model/a": torch.zeros(2, dtype=torch.uint8)})
     with pytest.raises(DamagedError, match="holds model/a as U8"):
         check_shapes(tmp_path, stored, {"model/a": (2,)})
+
+
+def test_tensors_of_another_model_are_named_the_first_ones(tmp_path: Path) -> None:
+    stored = written(tmp_path, {f"model/{name}": torch.zeros(2, 3) for name in "abcdef"})
+    wanted = {f"model/{name}": (2, 4) for name in "bcdefg"}
+    with pytest.raises(CheckpointError) as caught:
+        check_shapes(tmp_path, stored, wanted)
+    assert "model/a is [2, 3] there and absent here; model/b is [2, 3] there and [2, 4] here" in str(caught.value)
+    assert "and 3 more" in str(caught.value)
+    check_shapes(tmp_path, stored, {f"model/{name}": (2, 3) for name in "abcdef"})

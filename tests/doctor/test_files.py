@@ -18,6 +18,7 @@ from dla_train.doctor.command import preflight
 from dla_train.doctor.findings import FAILED, OK, WARNING, Finding
 from dla_train.doctor.run_folder import check_disk, check_run_folder, checkpoint_bytes, checkpoints_kept
 from dla_train.train import train
+from tests.harness.local_data import write_local_data
 
 Tiny = Callable[..., Config]
 
@@ -76,6 +77,16 @@ def test_a_tokenizer_that_is_too_large_missing_or_damaged_is_found(tiny: Tiny, c
     (corpus / "tiny.model").write_bytes(b"nonsense")
     ((check, what),) = wrong(preflight(tiny(), 1))
     assert check == "tokenizer" and "not a readable sentencepiece model" in what
+
+
+def test_tasks_that_are_not_known_or_have_no_documents_are_found(tiny: Tiny, tmp_path: Path) -> None:
+    write_local_data(tmp_path / "documents")
+    asked = ["evaluation.tasks=[piqa]", f"evaluation.data_dir={tmp_path}/documents"]
+    assert wrong(preflight(tiny(*asked), 1)) == []
+    [(check, what)] = wrong(preflight(tiny(*asked, "evaluation.tasks=[piqua]"), 1))
+    assert check == "evaluation" and "did you mean piqa?" in what
+    [(check, what)] = wrong(preflight(tiny(*asked, "evaluation.num_fewshot=1"), 1))
+    assert check == "evaluation" and "piqa/train.jsonl cannot be read" in what and "dla-evaluate fetch" in what
 
 
 def test_too_little_text_is_found(tiny: Tiny) -> None:

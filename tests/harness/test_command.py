@@ -33,6 +33,13 @@ def test_a_command_prints_each_task_and_the_table_and_says_where_the_results_are
         (["run=x", "suite=comonsense"], "suite=comonsense is not there; did you mean commonsense?"),
         (["run=x", "tasks=[piqua]"], "tasks: piqua is not a task of suite=commonsense; did you mean piqa?"),
         (["run=x", "tasks=[swde]"], "swde is not a task of suite=commonsense; it is a task of another suite"),
+        (["run=x", "memory=single"], "memory is not a setting of an evaluation: a checkpoint is asked with"),
+        (["run=x", "memory.policy=single"], "memory is not a setting of an evaluation: a checkpoint is asked with"),
+        (
+            ["run=x", "+memory.policy=single"],
+            "memory is not a setting of an evaluation: a checkpoint is asked with",
+        ),
+        (["run=x", "+colour=3"], "colour is not a setting of an evaluation"),
         (["run=x", "batchtokens=3"], "batchtokens is not a setting of an evaluation; did you mean batch_tokens?"),
         (["run=x", "limit=-1"], "limit=-1 is below 0"),
         (["run=x", "limit=many"], "limit: "),

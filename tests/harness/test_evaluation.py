@@ -13,6 +13,7 @@ from dla_train.harness.errors import EvaluateError
 from dla_train.harness.evaluation import evaluate
 from dla_train.harness.loading import open_run
 from dla_train.harness.settings import compose
+from tests.train.runs import run_python
 
 
 @pytest.fixture
@@ -63,15 +64,15 @@ def test_a_killed_evaluation_goes_on_inside_its_task_and_ends_alike(words, tmp_p
     score = model_module.score
     batches = []
 
-    def killed(model, requests, *, batch_tokens):
-        for number, batch in enumerate(score(model, requests, batch_tokens=batch_tokens)):
+    def killed(model, requests, **bounds):
+        for number, batch in enumerate(score(model, requests, **bounds)):
             yield batch
             if number == 1:
                 raise KeyboardInterrupt
 
-    def counted(model, requests, *, batch_tokens):
+    def counted(model, requests, **bounds):
         batches.append(len(requests))
-        return score(model, requests, batch_tokens=batch_tokens)
+        return score(model, requests, **bounds)
 
     monkeypatch.setattr(model_module, "score", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -153,3 +154,41 @@ def test_bos_that_is_not_known_has_to_be_said(run, monkeypatch, tokenizer):
     with pytest.raises(EvaluateError, match="elsewhere/tokens.json, .* say bos=true or bos=false"):
         open_run(str(run))
     assert open_run(str(run), bos=True).bos is True
+
+
+def on_two_ranks(config):
+    """dla-evaluate under torchrun, of the same settings."""
+    keys = ("run", "data_dir", "output", "max_length", "batch_tokens", "decode_rows", "limit")
+    words = [f"{key}={getattr(config, key)}" for key in keys]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dla_train.harness.command"]
+    return run_python([*launcher, *words, f"tasks=[{','.join(config.tasks)}]", "progress=false"])
+
+
+def test_two_ranks_go_on_where_one_was_killed_and_find_what_one_finds(words, tmp_path, monkeypatch):
+    settings = ("batch_tokens=64", "decode_rows=1")
+    alone = evaluate(words(*settings, f"output={tmp_path}/alone"))
+    keep = model_module.DlaModel._keep
+
+    def killed(model, found):
+        keep(model, found)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model_module.DlaModel, "_keep", killed)
+        evaluate(words(*settings))
+    done = on_two_ranks(words(*settings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("## commonsense") == done.stdout.count("piqa: acc ") == 1  # rank 0 alone speaks
+    together = tmp_path / "out"
+    assert values(together) == values(alone)
+    for name in ("piqa", "lambada_openai"):
+        there, here = ((folder / f"units/{name}.samples.jsonl").read_text() for folder in (alone, together))
+        assert there == here
+    results = json.loads((together / "results.json").read_text())
+    counts = [results["units"][name]["counts"] for name in ("lambada_openai", "piqa")]
+    assert counts[0]["answered_before"] > 0 == counts[1]["answered_before"]
+    assert results["device"]["ranks"] == 2
+    assert not list((together / "units").glob("*.journal"))
+    refused = on_two_ranks(words(*settings, "limit=1"))
+    assert refused.returncode != 0
+    assert refused.stderr.count("is of another evaluation: limit is 0 there and 1 here") == 1

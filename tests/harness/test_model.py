@@ -1,6 +1,9 @@
 """The face to lm_eval: order, BOS, truncation, windows, stop strings, and what cannot be asked."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +71,7 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(make, tokenizer, mo
     model.counts.truncated, given = 0, []
     monkeypatch.setattr(
         "dla_train.harness.model.answers",
-        lambda lm, prompts, new, done, rows: given.extend(prompts) or [list(enumerate([[5]] * len(prompts)))],
+        lambda lm, prompts, new, done, **bounds: given.extend(prompts) or [list(enumerate([[5]] * len(prompts)))],
     )
     model.generate_until(
         asked("generate_until", *[(text, {"until": [], "max_gen_toks": 4}) for text in (context, "x")])
@@ -166,3 +169,54 @@ def test_lm_eval_finds_the_model_by_its_name_and_opens_a_run(run):
     assert isinstance(model, DlaModel) and model.max_length == 50 and not model.bos
     with pytest.raises(EvaluateError, match="must name run=DIR"):
         get_model("dla").create_from_arg_obj({"pretrained": "x"})
+
+
+class Together:
+    """The ranks of a model as threads of this process: `gather` waits for all of them."""
+
+    def __init__(self, size):
+        self.size, self.values, self.barrier = size, [None] * size, threading.Barrier(size, timeout=60)
+
+    def rank(self, rank):
+        def gather(value):
+            self.values[rank] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+            return values
+
+        return SimpleNamespace(rank=rank, size=self.size, gather=gather)
+
+    def run(self, job):
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(lambda rank: job(self.rank(rank)), range(self.size)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_batches_and_all_get_every_answer_of_one_rank(make, ranks):
+    texts = [*TEXTS, "line"]
+    pairs = [(text, end) for text in texts for end in (" adds 2", " line")]
+    prompts = [(text, {"until": ["7"], "max_gen_toks": 5}) for text in texts]
+
+    def answers_of(model):
+        return (
+            model.loglikelihood(asked("loglikelihood", *pairs)),
+            model.loglikelihood_rolling(asked("loglikelihood_rolling", *[(text,) for text in texts])),
+            model.generate_until(asked("generate_until", *prompts)),
+        )
+
+    def of_rank(mesh):
+        computed, rounds = [], []
+        model = make(batch_tokens=40, decode_rows=1, mesh=mesh, between=lambda: rounds.append(1))
+        for name in ("_scores", "_answers"):
+            inner = getattr(model, name)
+            setattr(model, name, lambda *words, inner=inner: (computed.append(len(b)) or b for b in inner(*words)))
+        return answers_of(model), computed, len(rounds)
+
+    expected = answers_of(make(batch_tokens=40, decode_rows=1))
+    found = Together(ranks).run(of_rank)
+    assert [answers for answers, _, _ in found] == [expected] * ranks  # the same batches, so the same bits
+    assert len({rounds for _, _, rounds in found}) == 1
+    work = [sum(computed) for _, computed, _ in found]
+    assert sum(work) == len(pairs) + len(texts) + len(prompts) and min(work) > 0
+    assert any(0 in computed for _, computed, _ in found)  # a last round with fewer batches than ranks

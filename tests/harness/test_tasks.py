@@ -101,7 +101,8 @@ def test_values_that_look_like_dates_stay_text(data):
 def test_a_unit_has_the_standard_error_of_its_mean(run, data, tokenizer, small):
     model = DlaModel(small("mamba2", "dla"), tokenizer, max_length=200, bos=True)
     config = compose(["run=none", f"data_dir={data}"])
-    metrics, samples = ask(model, Unit(task_entry("lambada_openai")), config, None)
+    unit = Unit(task_entry("lambada_openai"))
+    metrics, samples = ask(model, unit, config, build_task(unit, config, None))
     logs = np.array([sample["perplexity"] for sample in samples])
     assert metrics["perplexity"]["value"] == pytest.approx(np.exp(-logs.mean()))
     error = logs.std(ddof=1) / np.sqrt(len(logs))

@@ -166,6 +166,7 @@ def test_starting_a_finished_run_again_changes_nothing(tiny: MakeConfig) -> None
 DIFFERENT = {
     "model": (["model.width=64"], ["model.width is 32 there and 64 here"]),
     "memory": (["memory.capacity=8"], ["memory.capacity is 30 there and 8 here"]),
+    "policy": (["memory=single"], ["tiny: memory.policy is dla there and single here", "memory.capacity is 30 there"]),
     "optimizer": (["optim.lr=1e-3"], ["optim.lr is 0.01 there and 0.001 here"]),
     "seed": (["seed=5"], ["seed is 0 there and 5 here", "data fingerprint"]),
     "batch": (["train.global_batch_rows=4"], ["train.global_batch_rows is 8 there and 4 here"]),
@@ -184,6 +185,30 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(tiny: MakeConfig, 
     for word in ["holds another run, tiny", "Choose another run_dir", *words]:
         assert word in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+FIXED = ("memory=fixed", "memory.read=slot", "memory.capacity=8")
+LOG_LINEAR = ("memory=log_linear", "memory.read=slot", "memory.capacity=8", "memory.levels=8")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (FIXED, LOG_LINEAR, "memory: memory.policy is fixed there and log_linear here"),
+        (("memory.closed_slots=frozen",), (), "memory: memory.closed_slots is frozen there and transition here"),
+        (("memory=single",), (), "memory: memory.policy is single there and dla here; memory.capacity is 1"),
+    ],
+)
+def test_a_checkpoint_of_another_memory_is_refused_also_where_its_shapes_are_the_same(
+    tiny: MakeConfig, tmp_path: Path, there: tuple[str, ...], here: tuple[str, ...], message: str
+) -> None:
+    train(tiny(*there, "train.stop_at_step=2", f"run_dir={tmp_path}/other"))
+    train(tiny(*here, "train.stop_at_step=1"))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    shutil.copytree(tmp_path / "other/checkpoints", tmp_path / "run/checkpoints")
+    with pytest.raises(CheckpointError, match=f"step_00000002 was trained with another model or {message}.*dla-export"):
+        train(tiny(*here))
+    assert complete_steps(tmp_path / "run/checkpoints") == [2]
 
 
 def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default_and_no_other(
@@ -236,7 +261,7 @@ def test_a_checkpoint_of_another_model_names_the_first_differences(tiny: MakeCon
     with pytest.raises(CheckpointError) as caught:
         train(tiny())
     message = str(caught.value)
-    assert "model/blocks.0.mlp.down.weight is [32, 64] there and [32, 48] here" in message and "more" in message
+    assert "model.mlp_width is 64 there and 48 here" in message
     assert numbers_of(tmp_path / "run", "loss")[-1][0] == 1
 
 

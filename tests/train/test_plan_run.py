@@ -53,6 +53,23 @@ def test_half_width_weights_need_no_casts_and_a_master_copy() -> None:
     assert casts[narrow.memory]["weights in the compute type"] == 0 < casts[wide.memory]["weights in the compute type"]
 
 
+def test_the_copy_that_tasks_are_asked_of_counts_whole_on_every_rank() -> None:
+    words = ["experiment=paper_mamba2_780m_dla", "train.micro_batch_rows=1", "train.recompute=true"]
+    layout = {"world_size": 64, "tensor": 4, "zero_stage": 3}
+    plain = planned(compose([*words, "engine=deepspeed"]), **layout).memory
+    config = compose([*words, "engine=deepspeed", "evaluation=commonsense", "evaluation.batch_tokens=1000"])
+    asked = planned(config, **layout)
+    assert plain is not None and asked.memory is not None and plain.evaluation == 0
+    assert asked.memory.evaluation == 4 * asked.parameters + 2 * 1000 * config.model.vocab_size
+    states = asked.memory.states
+    held = states.weights + states.optimizer + states.gradients + asked.memory.evaluation
+    assert asked.memory.total == max(plain.total, held)
+    config.evaluation.batch_tokens = 10**6
+    much = planned(config, **layout)
+    assert much.memory is not None and much.memory.total > plain.total
+    assert "copy for published tasks" in report(much)
+
+
 BROKEN = [
     ({"tensor": 3, "world_size": 3}, "model.num_heads=8 is not divisible by parallel.tensor=3; choose .* 1, 2, 4 or 8"),
     ({"tensor": 3, "world_size": 3}, "model.mlp_width=5632 is not divisible by parallel.tensor=3; choose"),
