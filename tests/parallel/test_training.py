@@ -1,4 +1,4 @@
-"""Five optimizer steps at every layout and engine, on two ranks, equal those of the local engine on one rank."""
+"""Three optimizer steps at every layout and engine, on two ranks, equal those of the local engine on one rank."""
 
 import json
 

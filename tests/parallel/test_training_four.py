@@ -1,4 +1,4 @@
-"""Five optimizer steps of four ranks, divided in two ways at once, equal those of the local engine on one rank."""
+"""Three optimizer steps of four ranks, divided in two ways at once, equal those of the local engine on one rank."""
 
 import pytest
 
