@@ -30,9 +30,10 @@ from dla_train.config import Config, ConfigError
 from dla_train.hydra_app import MISTAKE
 from dla_train.launch.settings import load_launcher
 from dla_train.launch.slurm import SubmitError
+from dla_train.parallel.cores import available_cores
 from dla_train.resilience.exit_codes import STOPPED
 from dla_train.sweep.definition import SweepConfig, check_sweep, read_sweep, sweep_from_dict
-from dla_train.sweep.launchers import Launcher, available_cores, local_launcher
+from dla_train.sweep.launchers import Launcher, local_launcher
 from dla_train.sweep.outcomes import forget_outcome, read_outcome
 from dla_train.sweep.points import (
     Point,
