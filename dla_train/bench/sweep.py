@@ -29,8 +29,8 @@ from dla_train.hydra_app import compose
 RESULTS = "sweep_utilisation"
 TARGET = 0.85
 """Share of the cores' time that the points are to take."""
-QUIET = 0.02
-"""Share of the cores that other programs may have had for the target to be judged."""
+QUIET = 0.05
+"""Share of the cores that others, dla-sweep itself included, may have had for the target to be judged."""
 SWEEP = (
     "sweep=tau_capacity",
     "sweep.axes.memory.capacity=[4,8]",
