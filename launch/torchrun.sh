@@ -13,7 +13,7 @@ set -euo pipefail
 
 python=${PYTHON:-python}
 ranks=${RANKS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-share=$(($(nproc) / ranks))
+share=$(($(nproc 2> /dev/null || echo 1) / ranks))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-300} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
 export DLA_BIND=${DLA_BIND:-node} NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export DLA_STARTED="torchrun=$(date +%s.%N)"
