@@ -7,10 +7,12 @@ and its run directory's identity. `launcher=NAME` is a file of configs/launcher/
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -150,10 +152,12 @@ def _given(overrides: Sequence[str]) -> DictConfig:
     return values
 
 
-def _check(config: LauncherConfig) -> None:
-    def reject(key: str, rule: str, mend: str) -> None:
-        raise ConfigError(f"launcher.{key}={getattr(config, key)} {rule}; {mend}")
+def _reject(config: LauncherConfig, key: str, rule: str, mend: str) -> NoReturn:
+    raise ConfigError(f"launcher.{key}={getattr(config, key)} {rule}; {mend}")
 
+
+def _check(config: LauncherConfig) -> None:
+    reject = functools.partial(_reject, config)
     if config.kind not in KINDS:
         reject("kind", "is not a kind of launcher", f"choose {' or '.join(KINDS)}")
     if config.program not in PROGRAMS:
@@ -164,13 +168,7 @@ def _check(config: LauncherConfig) -> None:
     for key in ("ranks_per_node", "threads_per_rank", "restarts", "requeues", "warn_seconds"):
         if getattr(config, key) < 0:
             reject(key, "is below 0", "use 0 or more")
-    if config.bind not in BINDINGS:
-        reject("bind", "is not a way to bind processes", f"choose from {', '.join(BINDINGS)}")
-    if not re.fullmatch(r"[\w.-]*", config.interface):
-        reject("interface", "is not the name of one network interface", "`ip -brief address` lists them")
-    if not re.fullmatch(r"[\w:,=-]*", config.cpu_bind):
-        reject("cpu_bind", "is not a value of srun's --cpu-bind", "use cores, sockets, ldoms or none")
-    _check_environment(config.environment)
+    _check_processes(config)
     if config.port and not 1024 <= config.port <= 65535:
         reject("port", "is not a port that users may open", "choose from 1024 to 65535, or 0")
     if config.kind == "torchrun":
@@ -192,8 +190,15 @@ def _check(config: LauncherConfig) -> None:
         reject("warn_seconds", rule, "warn later, or ask for more time")
 
 
-def _check_environment(environment: Mapping[str, str]) -> None:
-    for name, value in environment.items():
+def _check_processes(config: LauncherConfig) -> None:
+    """Where processes compute, and what their environment holds."""
+    if config.bind not in BINDINGS:
+        _reject(config, "bind", "is not a way to bind processes", f"choose from {', '.join(BINDINGS)}")
+    if not re.fullmatch(r"[\w.-]*", config.interface):
+        _reject(config, "interface", "is not the name of one network interface", "`ip -brief address` lists them")
+    if not re.fullmatch(r"[\w:,=-]*", config.cpu_bind):
+        _reject(config, "cpu_bind", "is not a value of srun's --cpu-bind", "use cores, sockets, ldoms or none")
+    for name, value in config.environment.items():
         where = f"launcher.environment.{name}={value}"
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
             raise ConfigError(f"{where} is not the name of a variable; write one such as NCCL_DEBUG")
