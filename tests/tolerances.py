@@ -43,10 +43,10 @@ def assert_rms_close(name: str, actual: Tensor, expected: Tensor, limit: float) 
 
 
 TRAINING = {
-    # sums in another order, amplified by five steps; the largest seen is a third of this
+    # sums in another order, amplified by three steps; the largest seen is a third of this
     "float32": {"loss": 1e-5, "norm": 1e-5, "logits": 1e-5, "gradient": 1e-5, "parameter": 1e-5},
     # 8 bits; a decision of a memory that falls the other way moves the gradients of its head, and Adam makes steps of
     # equal size of small gradients, so that parameters that began at zero differ most
     "bfloat16": {"loss": 2e-3, "norm": 0.1, "logits": 2e-2, "gradient": 8e-2, "parameter": 0.15},
 }
-"""Divided training against one rank over five steps: |difference| / |expected| of numbers and of whole tensors."""
+"""Divided training against one rank over three steps: |difference| / |expected| of numbers and of whole tensors."""

@@ -9,6 +9,7 @@ python -m dla_train.bench layouts ...     what the trainer adds on four ranks of
 python -m dla_train.bench decode ...      a token and its caches at contexts from 1K to 64K
 python -m dla_train.bench prepare ...     tokenising text, over processes
 python -m dla_train.bench scoring ...     log-likelihoods of dla-evaluate against plain forwards
+python -m dla_train.bench sweep ...       how busy a sweep keeps this machine's cores
 python -m dla_train.bench render ...      pages and pictures from kernels.json and training.json, on any machine
 """
 
@@ -30,6 +31,7 @@ PROGRAMS = {
     "prepare": "dla_train.bench.prepare",
     "layouts": "dla_train.bench.layouts",
     "scoring": "dla_train.bench.scoring",
+    "sweep": "dla_train.bench.sweep",
     "render": "dla_train.bench.render",
 }
 """Modules of the programs, whose `main(arguments)` returns the exit code. Each imports only what it needs itself."""

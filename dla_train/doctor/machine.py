@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -14,6 +13,7 @@ from packaging.requirements import Requirement
 
 from dla_train.config import Config
 from dla_train.doctor.findings import FAILED, OK, WARNING, Finding
+from dla_train.parallel.cores import available_cores
 
 PACKAGE = "dla-train"
 
@@ -50,9 +50,11 @@ def check_devices(config: Config, ranks_here: int) -> Finding:
             rule = "PyTorch sees no CUDA device here"
             built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "look at nvidia-smi"
             return Finding("devices", FAILED, f"train.device=cuda, but {rule}: {built}; or set train.device=cpu")
-        return Finding("devices", OK, f"{ranks_here} rank(s) here on the CPU, {_cores()} cores")
+        return Finding("devices", OK, f"{ranks_here} rank(s) here on the CPU, {available_cores()} cores")
     if config.train.device == "cpu":
-        return Finding("devices", OK, f"{ranks_here} rank(s) here on the CPU by train.device=cpu, {_cores()} cores")
+        return Finding(
+            "devices", OK, f"{ranks_here} rank(s) here on the CPU by train.device=cpu, {available_cores()} cores"
+        )
     return _cuda(config, ranks_here)
 
 
@@ -106,7 +108,3 @@ def _driver() -> str:
     told = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
     match = re.search(r"[\d.]+", told)
     return match[0] if match else "unknown"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

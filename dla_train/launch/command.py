@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from dla_train.doctor.command import split as split_doctor
 from dla_train.doctor.findings import OK, failed
 from dla_train.doctor.machine import check_devices
 from dla_train.hydra_app import MISTAKE, compose
+from dla_train.launch.environment import environment_here
 from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record
 from dla_train.launch.settings import PROGRAMS, LauncherConfig, load_launcher, split
@@ -85,6 +87,10 @@ def _check_first(launcher: LauncherConfig, config: Config) -> None:
 def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], folder: Path, *, dry: bool) -> int:
     """torchrun in this process's place, so that signals reach it."""
     restarts = launcher.restarts if launcher.program == "train" else 0
+    here = [name for _, name in socket.if_nameindex()]
+    if launcher.interface and launcher.interface not in here:
+        rule = f"launcher.interface={launcher.interface} is not on this machine"
+        raise LaunchError(f"{rule}; choose from {', '.join(here)}, or leave it out")
     meeting = meet(launcher.endpoint) if launcher.nodes > 1 else None
     place = meeting.arguments(launcher.nodes, config.name, launcher.join_seconds) if meeting else ["--standalone"]
     command = [
@@ -92,9 +98,7 @@ def _run_here(launcher: LauncherConfig, config: Config, run: Sequence[str], fold
         *(f"--nproc-per-node={launcher.ranks_per_node}", f"--max-restarts={restarts}"),
         *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", PROGRAMS[launcher.program], *run),
     ]
-    threads = os.environ.get("OMP_NUM_THREADS", "1")  # torchrun would say at length that it sets this
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), "OMP_NUM_THREADS": threads}
-    environment |= meeting.environment() if meeting else {}
+    environment = (meeting.environment() if meeting else {}) | environment_here(launcher)
     text = f"{' '.join(f'{key}={value}' for key, value in environment.items())} {shlex.join(command)}\n"
     if dry:
         print(text, end="")

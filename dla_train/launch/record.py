@@ -17,7 +17,7 @@ from dla_train.hydra_app import config_to_yaml
 from dla_train.launch.settings import LauncherConfig
 
 PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "safetensors", "hydra-core")
-VARIABLES = ("NCCL_", "TORCH_", "CUDA_", "OMP_", "MASTER_", "SLURM_", "DS_", "DLA_")
+VARIABLES = ("NCCL_", "GLOO_", "TORCH_", "CUDA_", "OMP_", "MASTER_", "SLURM_", "DS_", "DLA_")
 """Beginnings of the environment's names that are kept; others may hold secrets."""
 
 

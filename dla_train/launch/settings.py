@@ -7,22 +7,37 @@ and its run directory's identity. `launcher=NAME` is a file of configs/launcher/
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
 from dla_train.hydra_app import config_directory
+from dla_train.parallel.cores import CHOICES as BINDINGS
+from dla_train.parallel.cores import VARIABLE as BIND
 
 KINDS = ("torchrun", "slurm")
 PROGRAMS = {"train": "dla_train.train", "doctor": "dla_train.doctor.command"}
 """Module of each `launcher.program`."""
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+")
 """sbatch's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+
+OWNED = {
+    "OMP_NUM_THREADS": "use launcher.threads_per_rank",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "use launcher.save_seconds",
+    "NCCL_SOCKET_IFNAME": "use launcher.interface",
+    "GLOO_SOCKET_IFNAME": "use launcher.interface",
+    BIND: "use launcher.bind",
+    **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "torchrun sets it: leave it out"),
+    **dict.fromkeys(("MASTER_ADDR", "MASTER_PORT"), "torchrun sets it: use launcher.endpoint or launcher.port"),
+}
+"""Variables that are no part of launcher.environment, and what is used instead."""
 
 
 @dataclass
@@ -44,6 +59,15 @@ class LauncherConfig:
     """Whether the nodes' GPUs are asked for, one a rank (slurm)."""
     cpus_per_rank: int = 8
     """Cores for each process: reading data and saving checkpoints (slurm)."""
+    threads_per_rank: int = 0
+    """OpenMP threads of a process; 0 is OMP_NUM_THREADS where you set it, else its share of the cores."""
+    bind: str = "node"
+    """Cores of a process: `node` those of its GPU's NUMA node, `share` a part of them (without a GPU, of all) that no
+    other process here has, `none` all that the machine or SLURM gives."""
+    interface: str = ""
+    """Network interface of NCCL and gloo, the same name on every machine; "" leaves the choice to them."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of every process, for NCCL and others; one that is set where you launch wins, "" leaves one out."""
     restarts: int = 3
     """How often all processes are started again in place when one has died or hung."""
     save_seconds: int = 300
@@ -66,7 +90,9 @@ class LauncherConfig:
     qos: str = ""
     constraint: str = ""
     setup: str = ""
-    """Shell lines before the run on every node: `module load`, NCCL settings of the site (slurm)."""
+    """Shell lines before the run on every node, such as `module load` (slurm)."""
+    cpu_bind: str = "cores"
+    """srun's --cpu-bind for a node's processes together; "" leaves it to the cluster (slurm)."""
     container: str = ""
     """Image for srun's --container-image (slurm with pyxis)."""
 
@@ -87,7 +113,7 @@ def load_launcher(overrides: Sequence[str], *, ranks_per_node: int = 0) -> Launc
     values.merge_with(_given(overrides))
     if ranks_per_node and "ranks_per_node" not in values:
         values["ranks_per_node"] = ranks_per_node
-    names = [field.name for field in fields(LauncherConfig)]
+    names = [item.name for item in fields(LauncherConfig)]
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
@@ -117,19 +143,21 @@ def _file(name: str) -> DictConfig:
 
 def _given(overrides: Sequence[str]) -> DictConfig:
     """Values as they were written: YAML would read 24:00:00 as a number of seconds."""
-    values = {}
+    values = OmegaConf.create()
     for item in [o.removeprefix("launcher.") for o in overrides if o.startswith("launcher.")]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"launcher.{key} has no value; write launcher.{key}=...")
-        values[key] = value
-    return OmegaConf.create(values)
+        OmegaConf.update(values, key, value)  # environment.NCCL_DEBUG is a value in a mapping
+    return values
+
+
+def _reject(config: LauncherConfig, key: str, rule: str, mend: str) -> NoReturn:
+    raise ConfigError(f"launcher.{key}={getattr(config, key)} {rule}; {mend}")
 
 
 def _check(config: LauncherConfig) -> None:
-    def reject(key: str, rule: str, mend: str) -> None:
-        raise ConfigError(f"launcher.{key}={getattr(config, key)} {rule}; {mend}")
-
+    reject = functools.partial(_reject, config)
     if config.kind not in KINDS:
         reject("kind", "is not a kind of launcher", f"choose {' or '.join(KINDS)}")
     if config.program not in PROGRAMS:
@@ -137,9 +165,10 @@ def _check(config: LauncherConfig) -> None:
     for key in ("nodes", "cpus_per_rank", "save_seconds", "join_seconds"):
         if getattr(config, key) < 1:
             reject(key, "is below 1", "use 1 or more")
-    for key in ("ranks_per_node", "restarts", "requeues", "warn_seconds"):
+    for key in ("ranks_per_node", "threads_per_rank", "restarts", "requeues", "warn_seconds"):
         if getattr(config, key) < 0:
             reject(key, "is below 0", "use 0 or more")
+    _check_processes(config)
     if config.port and not 1024 <= config.port <= 65535:
         reject("port", "is not a port that users may open", "choose from 1024 to 65535, or 0")
     if config.kind == "torchrun":
@@ -159,6 +188,25 @@ def _check(config: LauncherConfig) -> None:
     if limit_seconds(config.time) <= config.warn_seconds:
         rule = f"is not within the limit launcher.time={config.time}"
         reject("warn_seconds", rule, "warn later, or ask for more time")
+
+
+def _check_processes(config: LauncherConfig) -> None:
+    """Where processes compute, and what their environment holds."""
+    if config.bind not in BINDINGS:
+        _reject(config, "bind", "is not a way to bind processes", f"choose from {', '.join(BINDINGS)}")
+    if not re.fullmatch(r"[\w.-]*", config.interface):
+        _reject(config, "interface", "is not the name of one network interface", "`ip -brief address` lists them")
+    if not re.fullmatch(r"[\w:,=-]*", config.cpu_bind):
+        _reject(config, "cpu_bind", "is not a value of srun's --cpu-bind", "use cores, sockets, ldoms or none")
+    for name, value in config.environment.items():
+        where = f"launcher.environment.{name}={value}"
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise ConfigError(f"{where} is not the name of a variable; write one such as NCCL_DEBUG")
+        if name in OWNED:
+            raise ConfigError(f"{where} is given in another way; {OWNED[name]}")
+        if not re.fullmatch(r"[\w.,:;=^/+@%-]*", value):
+            mend = "export it yourself, or write the line into launcher.setup (slurm)"
+            raise ConfigError(f"{where} holds spaces or signs that a shell reads; {mend}")
 
 
 def limit_seconds(time: str) -> int:

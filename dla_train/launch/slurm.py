@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from dla_train.launch.environment import exports
 from dla_train.launch.settings import PROGRAMS, LauncherConfig
 from dla_train.resilience.exit_codes import STATUS_FILE
 
@@ -23,8 +24,7 @@ SCRIPT = """#!/usr/bin/env bash
 {directives}
 set -uo pipefail
 {setup}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={save_seconds}
-export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
+{environment}
 export DLA_STARTED="srun and torchrun=$(date +%s.%N)"
 status={status}
 echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
@@ -32,7 +32,7 @@ rm -f "$status" {stay}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port={port}
 
-srun --kill-on-bad-exit=1{container} {python} -m torch.distributed.run \\
+srun --kill-on-bad-exit=1 --cpus-per-task={cores}{cpu_bind}{container} {python} -m torch.distributed.run \\
     --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} --max-restarts={restarts} \\
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
     --rdzv-conf=join_timeout={join_seconds} \\
@@ -108,7 +108,9 @@ def job_script(
     return SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, name, output)),
         setup=launcher.setup.strip() or "# launcher.setup adds lines here",
-        save_seconds=launcher.save_seconds,
+        environment=exports(launcher),
+        cores=_node_cores(launcher),
+        cpu_bind=f" --cpu-bind={launcher.cpu_bind}" if launcher.cpu_bind else "",
         status=shlex.quote(str(state / STATUS_FILE)),
         stay=shlex.quote(str(state / STAY_FILE)),
         container=f" --container-image={shlex.quote(launcher.container)}" if launcher.container else "",
@@ -123,12 +125,17 @@ def job_script(
     )
 
 
+def _node_cores(launcher: LauncherConfig) -> int:
+    """Asked for the job and said to srun again: since SLURM 22.05 a step takes them over from the job no more."""
+    return launcher.cpus_per_rank * launcher.ranks_per_node
+
+
 def _directives(launcher: LauncherConfig, name: str, output: Path) -> list[str]:
     lines = [
         f"--job-name={name}",
         f"--nodes={launcher.nodes}",
         "--ntasks-per-node=1",
-        f"--cpus-per-task={launcher.cpus_per_rank * launcher.ranks_per_node}",
+        f"--cpus-per-task={_node_cores(launcher)}",
         f"--time={launcher.time}",
         f"--signal=B:USR1@{launcher.warn_seconds}",
         "--requeue",

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dla_train.config import Config, ConfigError
 from dla_train.parallel.axes import Axes, Axis
+from dla_train.parallel.cores import bind_cores
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Mesh:
         Raises ConfigError on an absent device and where tensor and context do not divide the ranks.
         """
         parallel, device = config.parallel, pick_device(config.train.device)
+        bind_cores(device)
         owns_group = not dist.is_initialized()
         with ExitStack() as undo:
             if owns_group:

@@ -30,9 +30,10 @@ from dla_train.config import Config, ConfigError
 from dla_train.hydra_app import MISTAKE
 from dla_train.launch.settings import load_launcher
 from dla_train.launch.slurm import SubmitError
+from dla_train.parallel.cores import available_cores
 from dla_train.resilience.exit_codes import STOPPED
 from dla_train.sweep.definition import SweepConfig, check_sweep, read_sweep, sweep_from_dict
-from dla_train.sweep.launchers import Launcher, available_cores, local_launcher
+from dla_train.sweep.launchers import Launcher, local_launcher
 from dla_train.sweep.outcomes import forget_outcome, read_outcome
 from dla_train.sweep.points import (
     Point,
@@ -50,6 +51,8 @@ from dla_train.sweep.runner import SweepRun
 from dla_train.sweep.slurm_launcher import slurm_launcher
 from dla_train.sweep.tpe import Study
 
+USE_FILE = "use.json"
+"""In the sweep's folder: what its points took of this machine, at the last start."""
 FAILED = 1
 """Exit code where points have failed."""
 
@@ -95,7 +98,7 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
         places, sweep_run = launcher.free(), SweepRun(sweep, overrides, launcher, study)
         complete = sweep_run.run(points, configs)
         if not sweep.launcher:
-            _say_use(time.monotonic() - began, sweep_run.busy_seconds, places)
+            _note_use(folder, time.monotonic() - began, sweep_run.busy_seconds, places)
     finally:
         lock.release()
     outcomes = [read_outcome(point.folder(folder)) for point in read_points(folder)]
@@ -181,15 +184,18 @@ def _only_folder(words: Sequence[str]) -> Path:
     return Path(words[0])
 
 
-def _say_use(seconds: float, busy_seconds: float, places: int) -> None:
+def _note_use(folder: Path, seconds: float, busy_seconds: float, places: int) -> None:
     """How well the machine was used: places taken, and processor time of the points that this process started."""
     if not busy_seconds:
         return
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor, cores = used.ru_utime + used.ru_stime, available_cores()
+    use = {"seconds": seconds, "processor_seconds": processor, "cores": cores, "places": places}
+    shares = {"places_taken": busy_seconds / seconds / places, "cores_busy": processor / seconds / cores}
+    write_atomically(folder / USE_FILE, json.dumps(use | shares, indent=1))
     print(
-        f"{seconds:.0f} s with {places} points at a time, {busy_seconds / seconds / places:.0%} of the places taken; "
-        f"{processor:.0f} s of processor time, {processor / seconds / cores:.0%} of {cores} cores"
+        f"{seconds:.0f} s with {places} points at a time, {shares['places_taken']:.0%} of the places taken; "
+        f"{processor:.0f} s of processor time, {shares['cores_busy']:.0%} of {cores} cores"
     )
 
 

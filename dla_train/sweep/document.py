@@ -16,11 +16,13 @@ from dla_train.checkpoint.folders import write_atomically
 PICTURES = "report"
 """Folder of the Markdown's pictures."""
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 90rem; margin: 2rem auto; padding: 0 1rem }
+p, pre { max-width: 72rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap }
-th { background: #f5f5f5 } td.text, th.text { text-align: left; white-space: normal; min-width: 13rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 12px; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid #e5e5e5; text-align: right; white-space: nowrap }
+th { background: #f5f5f5; white-space: normal; vertical-align: bottom }
+td.text, th.text { text-align: left; white-space: normal; min-width: 10rem }
 tr.first td { font-weight: 600 } pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: 13px }
 img { max-width: 100% } figcaption { color: #555; font-size: 13px } figure { margin: 1rem 0 }
 """
@@ -55,6 +57,8 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[str]
+    best_first: bool = False
+    """Whether the first row stands out."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,6 @@ def _html_table(table: Table) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "".join(f"<{tag}{kind}>{html.escape(c)}</{tag}>" for c, kind in zip(cells, kinds, strict=True))
 
-    rows = "\n".join(
-        f"<tr{' class=first' if number == 0 else ''}>{line(row, 'td')}</tr>" for number, row in enumerate(table.rows)
-    )
+    kept = [" class=first" if table.best_first and not number else "" for number in range(len(table.rows))]
+    rows = "\n".join(f"<tr{kind}>{line(row, 'td')}</tr>" for kind, row in zip(kept, table.rows, strict=True))
     return f'<div class="wide"><table><tr>{line(table.head, "th")}</tr>\n{rows}</table></div>'

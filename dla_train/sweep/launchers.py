@@ -24,6 +24,7 @@ import torch
 from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import process_lives, process_record, seems_held
 from dla_train.config import ConfigError
+from dla_train.parallel.cores import available_cores
 
 START_FILE, OUTPUT_FILE = "start.json", "output.log"
 START_LINE = "== dla-sweep starts the run\n"
@@ -177,8 +178,3 @@ def local_launcher(parallel: int, ranks: int, *, on_cpu: bool) -> LocalLauncher:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
     return LocalLauncher(slot_environments(parallel, ranks, available_cores(), devices), ranks)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

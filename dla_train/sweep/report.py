@@ -91,7 +91,7 @@ def _ranking(results: Results) -> Table:
         label = setting.name + (" (baseline)" if setting.baseline else "")
         numbers = [_spread(setting.number(name), _FORMS.get(name, ".4f")) for name in names]
         rows.append([str(rank), label, *values, _spread(setting.spread), *_difference(results, setting), *numbers])
-    return Table(head, rows, left=["setting"])
+    return Table(head, rows, left=["setting"], best_first=True)
 
 
 def _difference(results: Results, setting: SettingResult) -> list[str]:

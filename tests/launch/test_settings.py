@@ -35,6 +35,15 @@ def test_settings_of_the_launch_are_told_from_those_of_the_run() -> None:
         ([*SLURM, "launcher.time=5", "launcher.warn_seconds=300"], ["launcher.warn_seconds=300", "launcher.time=5"]),
         ([*SLURM, "launcher.port=80"], ["launcher.port=80", "1024 to 65535"]),
         ([*SLURM, "launcher.requeues=-1"], ["launcher.requeues=-1", "0 or more"]),
+        (["launcher.bind=socket"], ["launcher.bind=socket", "node, share, none"]),
+        (["launcher.interface=eth0,eth1"], ["launcher.interface=eth0,eth1", "ip -brief address"]),
+        ([*SLURM, "launcher.cpu_bind=cores; x"], ["launcher.cpu_bind=cores; x", "sockets"]),
+        (["launcher.threads_per_rank=-1"], ["launcher.threads_per_rank=-1", "0 or more"]),
+        (["launcher.environment=NCCL_DEBUG"], ["a value of the setting's type"]),
+        (["launcher.environment.nccl=1"], ["launcher.environment.nccl=1", "such as NCCL_DEBUG"]),
+        (["launcher.environment.NCCL_DEBUG=$(x)"], ["NCCL_DEBUG=$(x)", "launcher.setup"]),
+        (["launcher.environment.OMP_NUM_THREADS=2"], ["OMP_NUM_THREADS=2", "use launcher.threads_per_rank"]),
+        (["launcher.environment.RANK=2"], ["RANK=2", "torchrun sets it"]),
     ],
 )
 def test_a_mistake_names_the_key_the_value_and_the_mend(given: list[str], parts: list[str]) -> None:
@@ -78,6 +87,45 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: 
     ):
         assert part in out, part
     assert "--account" not in out and not (tmp_path / "a run").exists()
+
+
+def test_every_process_gets_the_settings_of_nccl_threads_and_cores_and_what_is_set_already_wins(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    for name in ("OMP_NUM_THREADS", "TORCH_FR_BUFFER_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("dla_train.launch.environment.available_cores", lambda: 7)
+    given = ["launcher.ranks_per_node=2", "launcher.interface=lo", "launcher.environment.NCCL_IB_HCA=mlx5_0,mlx5_1"]
+    given += ["launcher.environment.TORCH_FR_BUFFER_SIZE=", "experiment=quickstart", "train.micro_batch_rows=1"]
+    assert main(["--dry-run", *given, "launcher.bind=share"]) == 0
+    words = capsys.readouterr().out.split()
+    assert set(words[: next(i for i, word in enumerate(words) if "=" not in word)]) == {
+        *("OMP_NUM_THREADS=3", "NCCL_DEBUG=INFO", "NCCL_IB_HCA=mlx5_0,mlx5_1", "DLA_BIND=share"),
+        *("NCCL_SOCKET_IFNAME=lo", "GLOO_SOCKET_IFNAME=lo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300"),
+    }
+    assert main(["--dry-run", *given, "launcher.interface=eth9"]) == 2
+    assert "launcher.interface=eth9 is not on this machine; choose from lo" in capsys.readouterr().err
+
+
+def test_a_batch_script_tells_srun_its_cores_again_and_exports_what_is_not_set(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = ["launcher.cpus_per_rank=12", "experiment=quickstart", "train.micro_batch_rows=1"]
+    assert main(["--dry-run", *SLURM, *run]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "#SBATCH --cpus-per-task=48",
+        "srun --kill-on-bad-exit=1 --cpus-per-task=48 --cpu-bind=cores ",
+        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-12}"',
+        'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"',
+        "export DLA_BIND=node",
+    ):
+        assert part in out, part
+    assert "SOCKET_IFNAME" not in out
+    assert main(["--dry-run", *SLURM, *run, "launcher.threads_per_rank=2", "launcher.cpu_bind="]) == 0
+    out = capsys.readouterr().out
+    assert "export OMP_NUM_THREADS=2\n" in out and "--cpu-bind" not in out
 
 
 def test_a_run_that_its_ranks_cannot_divide_is_refused_before_it_is_queued(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dla_train.parallel.cores import as_ranges, choose_cores
 from tests.train.runs import ROOT, TINY, numbers_of, run_python, write_corpus
 
 
@@ -18,10 +19,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_two_ranks_train_and_the_script_that_is_left_goes_on_from_anywhere(corpus: list[str], tmp_path: Path) -> None:
     settings = [*TINY, *corpus, "train.stop_at_step=2", "run_dir=a run"]
-    launch = ["-m", "dla_train.launch.command", "launcher.ranks_per_node=2", *settings]
+    launch = ["-m", "dla_train.launch.command", "launcher.ranks_per_node=2", "launcher.bind=share", *settings]
     done = run_python(launch, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 rank(s) on cpu" in done.stderr and "OMP_NUM_THREADS" not in done.stderr
+    allowed = frozenset(os.sched_getaffinity(0))
+    own = choose_cores("share", 0, [None, None], allowed)
+    assert (f"local rank 0 computes on cores {as_ranges(own)} " in done.stderr) == (own != allowed)
     assert [step for (step,) in numbers_of(tmp_path / "a run")] == [1, 2]
     parts = re.search(r"first step done ([\d.]+) s after the start: (.*)", done.stderr)
     assert parts and done.stderr.count("first step done") == 1, done.stderr

@@ -1,7 +1,8 @@
-"""Five optimizer steps of a divided model and engine against the local engine on one rank, in one process each.
+"""Three optimizer steps of a divided model and engine against the local engine on one rank, in one process each.
 
 Every rank walks the path of one rank too, once for each model, and keeps it. Both see the same rows; a divided run
-takes its share of them in micro-batches of one row.
+takes its share of them, two a step, in micro-batches of one row. Three steps are the fewest in which moments are
+begun, read and carried on, and two rows the fewest that accumulate: a rank's time is DeepSpeed's, a row at a time.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from tests.parallel import ranks
 from tests.parallel.equal_models import whole_logits
 from tests.tolerances import TRAINING
 
-TOKENS, STEPS, KEPT = 24, 5, (1, 5)
+TOKENS, ROWS_OF_A_RANK, STEPS, KEPT = 24, 2, 3, (1, 3)
 gradients.BUCKET_ELEMENTS = zero_settings.BUCKET_ELEMENTS = 700
 zero_settings.LIVE_ELEMENTS, zero_settings.PREFETCH_ELEMENTS, zero_settings.PERSISTENT_ELEMENTS = 2000, 500, 20
 """So small that these models fill several buckets, some parameters fit in none, and stage 3 gathers and releases."""
@@ -47,8 +48,8 @@ EDGES = (0, 7, 8, 19)
 """Where documents begin in a row, if it is packed."""
 
 
-def configuration(backbone, policy, changes, axes, stage, dtype, rows=4):
-    """Of a run in the layout `axes` with DeepSpeed's `stage`, -1 for the local engine."""
+def configuration(backbone, policy, changes, axes, stage, dtype, rows=None):
+    """Of a run in the layout `axes` with DeepSpeed's `stage`, -1 for the local engine; two rows a rank by default."""
     reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
     config = Config(
         name="tiny", run_dir="unused", seed=3,
@@ -68,7 +69,8 @@ def configuration(backbone, policy, changes, axes, stage, dtype, rows=4):
         # would move its parameter by the whole learning rate, in a direction of its own.
         optim=OptimConfig(lr=2e-3, eps=1e-4, clip_norm=0.5, schedule="constant"),
         train=TrainConfig(
-            steps=STEPS, global_batch_rows=rows, micro_batch_rows=1, dtype=dtype, device=ranks.device.type
+            steps=STEPS, global_batch_rows=rows or ROWS_OF_A_RANK * axes.data.size, micro_batch_rows=1, dtype=dtype,
+            device=ranks.device.type,
         ),
         parallel=ParallelConfig(tensor=axes.tensor.size, sequence=axes.sequence, context=axes.context.size),
         engine=EngineConfig(name="local" if stage < 0 else "deepspeed", zero_stage=max(stage, 0)),
@@ -143,10 +145,11 @@ def of_one_rank(backbone, policy, packed, changes, dtype, rows):
     return walk(LocalEngine(config, meta_model(config).train(), alone), config, axes, packed)
 
 
-def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype="float32", rows=4, bug=""):
+def differences(axes, backbone, policy, stage, packed=True, changes="{}", dtype="float32", bug=""):
     """Names of what differs from one rank, "" for none; beside it the largest errors of each kind. `bug` plants one."""
     warnings.simplefilter("ignore")  # DeepSpeed's own, of names that torch has deprecated
-    config = configuration(backbone, policy, json.loads(changes), axes, stage, dtype, rows)
+    config = configuration(backbone, policy, json.loads(changes), axes, stage, dtype)
+    rows = config.train.global_batch_rows
     validate(config, dist.get_world_size())
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
     with closing(build_engine(config, meta_model(config, axes).train(), mesh)) as engine:
@@ -223,17 +226,17 @@ def poisoned(axes, stage, weights):
     warnings.simplefilter("ignore")
     config = configuration("gated_deltanet", "dla", {"engine.weights": weights}, axes, stage, weights)
     mesh = Mesh(dist.get_rank(), dist.get_world_size(), ranks.device, False, axes)
+    rows, first = config.train.global_batch_rows, axes.data.rank * ROWS_OF_A_RANK
 
     def state_after(steps):
         with closing(build_engine(config, meta_model(config, axes).train(), mesh)) as engine:
             for step in steps:
                 poison = step == 2 and mesh.rank == 0
-                share = 4 // axes.data.size
-                tokens, targets, edges = rows_of(step, 4, packed=True)
-                for row in range(axes.data.rank * share, (axes.data.rank + 1) * share):
+                tokens, targets, edges = rows_of(step, rows, packed=True)
+                for row in (first, first + 1):
                     output = engine.module(tokens[row : row + 1], edges)
                     nats, _, count = engine.module.token_loss(output.logits, targets[row : row + 1])
-                    engine.backward(nats / count * (float("nan") if poison else 1.0), last=row % share == share - 1)
+                    engine.backward(nats / count * (float("nan") if poison else 1.0), last=row != first)
                 result = engine.step(2e-3)
                 assert result.applied == (step != 2) == math.isfinite(result.grad_norm), (step, result)
             return {name: tensor.clone() for name, tensor in engine.export_state() if not name.endswith("statistics")}

@@ -19,7 +19,7 @@ CHECKS = {
     ],
     2: [*test_training.FLOAT32, *test_training.BFLOAT16, *test_training.STARTS],
     4: [*test_training_four.FLOAT32, *test_training_four.BFLOAT16],
-    8: [*checks_of(EIGHT[:3], MAIN, [LOCAL, *STAGES]), *checks_of(EIGHT[3:], MAIN, STAGES, rows=8)],
+    8: [*checks_of(EIGHT[:3], MAIN, [LOCAL, *STAGES]), *checks_of(EIGHT[3:], MAIN, STAGES)],
 }
 
 

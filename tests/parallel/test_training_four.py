@@ -1,16 +1,17 @@
-"""Five optimizer steps of four ranks, divided in two ways at once, equal those of the local engine on one rank."""
+"""Three optimizer steps of four ranks, divided in two ways at once, equal those of the local engine on one rank."""
 
 import pytest
 
 from tests.parallel.ranks import Check, Outcomes, run_on_ranks
-from tests.parallel.test_training import KINDS, LOCAL, MAIN, ROUNDED, checks_of, named
+from tests.parallel.test_training import LOCAL, MAIN, OTHER, ROUNDED, STAGES, checks_of, named
 
 LAYOUTS = ({"tensor": 2}, {"tensor": 2, "context": 2})
 """The other ranks are data parallel."""
 MORE = ({"tensor": 2, "sequence": True}, {"tensor": 2, "context": 2, "sequence": True}, {"context": 2})
 FLOAT32 = [
-    *checks_of(LAYOUTS, KINDS, [LOCAL, 3]),
-    *checks_of(LAYOUTS, MAIN, [1, 2]),
+    *checks_of(LAYOUTS, MAIN, [LOCAL, *STAGES]),
+    *checks_of(LAYOUTS[:1], OTHER, [LOCAL]),
+    *checks_of(LAYOUTS[1:], OTHER, [3]),
     *checks_of(MORE, MAIN, [2]),
 ]
 BFLOAT16 = checks_of(LAYOUTS, MAIN, [1, 3], dtype="bfloat16", changes=ROUNDED)

@@ -88,6 +88,13 @@ def test_the_report_holds_every_part_in_both_forms(results: Results) -> None:
     assert "memory.tau=0.7 memory.capacity=4" in text and "seed=0" in text
 
 
+def test_the_best_setting_alone_stands_out(results: Results) -> None:
+    markup = write_report(results).read_text()
+    assert (
+        markup.count("<tr class=first>") == 1 and 'class=first><td>1</td><td class="text">tau_0.7-capacity_4' in markup
+    )
+
+
 def test_the_page_needs_nothing_but_itself_and_its_tags_close(results: Results) -> None:
     markup = write_report(results).read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(|<script""", markup)
