@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"huggingface"},
     {"run_log"},
     {"loop"},
-    {"train", "generate", "diagnose", "runs"},
+    {"train", "generate", "diagnose", "inspect_memory", "runs"},
     {"harness"},
     {"quickstart", "bench", "plan_run", "inspect_data"},
     {"doctor"},

@@ -26,7 +26,7 @@ from dla_train.models.gated_deltanet import GatedDeltaNet
 from dla_train.models.linear import wide_dtype
 from dla_train.models.mamba2 import Mamba2
 from dla_train.models.memory_reads import CONTROLLED_TAU_RANGE, MemoryReader
-from dla_train.models.mixer import Documents, PlanRecord
+from dla_train.models.mixer import Documents, MemoryReading, PlanRecord
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import local_model
 
@@ -68,6 +68,8 @@ class RecurrentMixer(nn.Module):
             self._count(record.plan)
         plan = record.plan
         weights, routing = self.reader(hidden, inputs, plan, cache)
+        gates = self._gates(inputs, plan, gate_temperature)
+        self._show(record, weights, gates, cache)
         q, k, v, log_decay, beta = inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta
         read = dla_attention(
             q,
@@ -79,7 +81,7 @@ class RecurrentMixer(nn.Module):
             plan=plan,
             closed_slots=self.memory.closed_slots,
             scale=self.backbone.scale,
-            gates=self._gates(inputs, plan, gate_temperature),
+            gates=gates,
             routing_keys=routing.kappa if routing is not None else None,
             cache=cache,
             return_cache=return_cache,
@@ -205,6 +207,23 @@ class RecurrentMixer(nn.Module):
     def _gated(self) -> bool:
         """Whether boundaries carry a gate: decided by drift, between several slots, and in training mode."""
         return self.training and self.memory.policy == "dla" and self.memory.gate != "hard" and self.reader.capacity > 1
+
+    @torch.no_grad()
+    def _show(self, record: PlanRecord, weights: Tensor, gates: Tensor | None, cache: MergeCache | None) -> None:
+        """Call the record's observer, if there is one, and let go of it."""
+        observer, record.observer = record.observer, None
+        if observer is None or record.plan is None:
+            return
+        observer(
+            MemoryReading(
+                plan=record.plan,
+                weights=weights.detach(),
+                gates=None if gates is None else gates.detach(),
+                carried_gates=None if cache is None else cache.gates,
+                tau=None if self.reader.tau is None else self.reader.own_tau().detach(),
+                first_head=self.context.rank * self.reader.heads,
+            )
+        )
 
     @torch.no_grad()
     def _count(self, plan: MemoryPlan) -> None:
