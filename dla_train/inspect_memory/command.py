@@ -1,6 +1,6 @@
 """The program `dla-inspect`: what the memories of a checkpoint do with a text.
 
-  dla-inspect run=runs/dla file=README.md                       # every head, in one page
+  dla-inspect run=runs/dla file=text.txt                        # every head, in one page
   dla-inspect run=runs/dla step=1000 text='abc abd' layer=1 head=2 output=inspection/early
   git log | dla-inspect run=runs/dla file=- max_tokens=4096
 

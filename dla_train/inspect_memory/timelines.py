@@ -21,16 +21,16 @@ from dla_train.inspect_memory.history import HeadHistory
 
 GOLDEN = (5**0.5 - 1) / 2
 """Turn of the hue from one boundary to the next: neighbours differ, and hardly any two of a text agree."""
-EMPTY = 1.0
-"""White, where there is no slot."""
+WHITE = 255
+"""Where there is no slot."""
 
 
 def plot_slot_timeline(found: HeadHistory, output: Path, *, title: str) -> None:
     """Write the picture of which tokens the slots cover as a PNG; a slot keeps the colour of its first boundary."""
     figure, (tokens, slots) = _panels(found, title)
-    colours = slot_colours(found)
-    covered = np.full((found.tokens, found.tokens, 3), EMPTY)
-    listed = np.full((found.capacity, found.tokens, 3), EMPTY)
+    colours = np.rint(255 * slot_colours(found)).astype(np.uint8)
+    covered = np.full((found.tokens, found.tokens, 3), WHITE, dtype=np.uint8)
+    listed = np.full((found.capacity, found.tokens, 3), WHITE, dtype=np.uint8)
     for time, starts in enumerate(found.live):
         covered[: time + 1, time] = colours[np.array(starts)[found.slot_of_token(time)]]
         listed[: len(starts), time] = colours[starts]
@@ -46,7 +46,7 @@ def plot_slot_timeline(found: HeadHistory, output: Path, *, title: str) -> None:
 def plot_read_weights(found: HeadHistory, output: Path, *, title: str) -> None:
     """Write the heat map of read weights as a PNG: by the tokens a slot holds, and by the slot's recency."""
     figure, (tokens, ranks) = _panels(found, title)
-    by_token = np.full((found.tokens, found.tokens), np.nan)
+    by_token = np.full((found.tokens, found.tokens), np.nan, dtype=np.float32)
     for time, starts in enumerate(found.live):
         by_token[: time + 1, time] = found.weights[time, len(starts) - 1 - found.slot_of_token(time)]
     scale = Normalize(0, float(np.nanmax(found.weights)))
@@ -75,7 +75,7 @@ def _panels(found: HeadHistory, title: str) -> tuple[Figure, tuple[Axes, Axes]]:
     return figure, (upper, lower)
 
 
-def _image(axes: Axes, pixels: NDArray[np.float64]) -> None:
+def _image(axes: Axes, pixels: NDArray[np.uint8]) -> None:
     axes.imshow(pixels, origin="lower", aspect="auto", interpolation="nearest")
 
 
