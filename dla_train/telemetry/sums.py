@@ -69,10 +69,12 @@ def sampled_places(tokens: int, device: torch.device) -> Tensor:
     """[M] int64 of 0 to `tokens` - 1, rising: all where there are no more than SAMPLED_TOKENS."""
     if tokens <= SAMPLED_TOKENS:
         return torch.arange(tokens, device=device)
-    # one in each equal part of the row; squares times the golden ratio, modulo 1, place them there without a pattern
+    # One in each equal part of the row; squares times the golden ratio, modulo 1, place it there without a pattern.
+    # Made on the device: a copy from the host would wait for it.
+    index = torch.arange(SAMPLED_TOKENS, dtype=torch.float64, device=device)
     golden, part = (5**0.5 - 1) / 2, tokens / SAMPLED_TOKENS
-    places = {int((i + (i + 1) ** 2 * golden % 1) * part) for i in range(SAMPLED_TOKENS)}
-    return torch.tensor(sorted(places), device=device)
+    within = (index + 1).square() * golden % 1 * (tokens // SAMPLED_TOKENS)
+    return (index * part).long() + within.long()
 
 
 def _of_all_tokens(reading: MemoryReading, decides: Tensor) -> dict[str, Tensor]:

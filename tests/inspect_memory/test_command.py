@@ -1,6 +1,7 @@
 """`dla-inspect` on a tiny run: the files it writes, what the page holds, and mistakes."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -144,6 +145,18 @@ def test_a_page_that_would_be_too_large_is_refused(run, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="choose a layer=, a head= or a shorter text"):
         page.write_page(found, tmp_path / "x.html", title="t", facts=[], chosen=found.heads[0])
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_token_that_reads_like_markup_stays_text(run, tmp_path):
+    model, config, _ = load_model(run)
+    found = inspect_text(model, load_tokenizer(config.data.tokenizer), TEXT, layer=0, head=0)
+    pieces = ["</script><script>alert(1)", "<!--", *found.pieces[2:]]
+    odd = dataclasses.replace(found, pieces=pieces)
+    page.write_page(odd, tmp_path / "index.html", title="a <b> & c", facts=["</div>"], chosen=odd.heads[0])
+    text, data = page_of(tmp_path)
+    assert data["pieces"] == pieces and data["facts"] == ["</div>"]
+    assert text.count("</script>") == 2 and text.count("<!--") == 0
+    assert "<title>a &lt;b&gt; &amp; c</title>" in text
 
 
 def test_tokens_have_the_colour_of_the_boundary_before_them(run):

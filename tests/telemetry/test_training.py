@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
@@ -38,10 +39,21 @@ def test_looking_changes_no_bit_of_a_training(tiny: MakeConfig, tmp_path: Path, 
 
 def test_looks_come_at_multiples_of_their_interval_in_the_first_micro_batch(tiny: MakeConfig, tmp_path: Path) -> None:
     """Of 8 rows in micro-batches of 4, and whether or not the step has a log line."""
-    train(tiny(*SHORT, "train.steps=7", "logging.memory_interval_steps=3", "logging.interval_steps=5"))
+    train(
+        tiny(
+            *SHORT,
+            "train.steps=7",
+            "logging.memory_interval_steps=3",
+            "logging.interval_steps=5",
+            "logging=tensorboard",
+        )
+    )
     lines = looks_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [3, 6]
     assert [step for step, _ in numbers_of(tmp_path / "run", "memory/boundary_rate/layer_1")] == [3, 6]
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("memory/read_evenness/layer_0")] == [3, 6]
     decisions = [sum(head["score_histogram"]) for head in lines[0]["heads"]]
     assert len(decisions) == 4 and min(decisions) > 4 * 32 * 0.7 and max(decisions) <= 4 * 31
 
