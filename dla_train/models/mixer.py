@@ -119,6 +119,9 @@ class PlanRecord:
     """The memory plan of one layer in one forward: decided once, kept for recomputation; and who looks at it."""
 
     plan: MemoryPlan | None = None
+    tau: Tensor | float | None = None
+    """The thresholds it was decided with, without a gradient: kept, so that an observer need not call the module again,
+    which would change the order of calls that ZeRO's stage 3 has learned."""
     observer: Callable[[MemoryReading], None] | None = None
     """Called by the mixer, which then removes it: a recomputed forward is not observed again."""
 

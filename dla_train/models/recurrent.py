@@ -64,7 +64,8 @@ class RecurrentMixer(nn.Module):
         """
         projected, of_heads, inputs = self._state_inputs(hidden, documents.positions, cache)
         if record.plan is None:
-            record.plan = self._decide(inputs, documents, cache)
+            record.tau = self._tau()
+            record.plan = self._decide(inputs, documents, record.tau, cache)
             self._count(record.plan)
         plan = record.plan
         weights, routing = self.reader(hidden, inputs, plan, cache)
@@ -170,11 +171,14 @@ class RecurrentMixer(nn.Module):
         mixed = self.backbone.conv(of_heads.conv_inputs, positions, history)
         return projected, of_heads, self.backbone.state_inputs(mixed, of_heads)
 
+    @torch.no_grad()
     def _tau(self) -> Tensor | float:
         return self.reader.own_tau() if self.reader.tau is not None else self.memory.tau
 
     @torch.no_grad()
-    def _decide(self, inputs: StateInputs, documents: Documents, cache: MergeCache | None) -> MemoryPlan:
+    def _decide(
+        self, inputs: StateInputs, documents: Documents, tau: Tensor | float, cache: MergeCache | None
+    ) -> MemoryPlan:
         memory = self.memory
         # What the planner saves for its own score gradients is not the block's: a recomputation, which does not
         # plan, must find the same saved tensors as the first forward.
@@ -184,7 +188,7 @@ class RecurrentMixer(nn.Module):
                 inputs.v,
                 inputs.log_decay,
                 inputs.beta,
-                tau=self._tau(),
+                tau=tau,
                 capacity=self.reader.capacity,
                 policy=memory.policy,
                 drift=memory.drift,
@@ -220,7 +224,7 @@ class RecurrentMixer(nn.Module):
                 weights=weights.detach(),
                 gates=None if gates is None else gates.detach(),
                 carried_gates=None if cache is None else cache.gates,
-                tau=None if self.reader.tau is None else self.reader.own_tau().detach(),
+                tau=record.tau if isinstance(record.tau, Tensor) else None,
                 first_head=self.context.rank * self.reader.heads,
             )
         )
