@@ -309,6 +309,9 @@ class LoggingConfig:
 
     interval_steps: int = 10
     """Steps between log lines."""
+    memory_interval_steps: int = 100
+    """Steps between closer looks into the memories: numbers by layer to every tracker, by head to memory.jsonl
+    (docs/diagnostics.md); 0 never looks."""
     progress: bool = True
     """Progress bar with ETA on standard error."""
     tensorboard: bool = False

@@ -99,6 +99,7 @@ AT_LEAST: dict[str, int] = {
     "checkpoint.keep_last": 0,
     "checkpoint.keep_every_steps": 0,
     "logging.interval_steps": 1,
+    "logging.memory_interval_steps": 0,
     "resilience.max_skipped_steps": 0,
     "resilience.spike_deviations": 0,
     "resilience.spike_window_steps": 1,

@@ -6,16 +6,18 @@ Hydra's own messages name its internals, so each is translated: the key, the nea
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -37,6 +39,12 @@ from dla_train.config import (
 )
 from dla_train.config_rules import validate
 from dla_train.initial_model import initial_setting
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+"""A dataclass of a small program's settings."""
 
 MISTAKE = 2
 """Exit code after a mistake in the configuration, the data or the run directory."""
@@ -120,6 +128,50 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def config_to_yaml(config: Config) -> str:
     """The configuration as YAML, every value written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def settings_of_words(
+    words: Sequence[str], schema: type[Settings], program: str, *, verbatim: Collection[str] = ()
+) -> Settings:
+    """The settings of a small program from `key=value` words, values in Hydra's grammar. Raises ConfigError.
+
+    verbatim: keys whose value is everything after the `=`, for text in which brackets and commas mean nothing.
+    """
+    known = [item.name for item in dataclasses.fields(schema)]
+    values: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in verbatim:
+            key, value = _parsed(word)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+            raise ConfigError(f"{key} is not a setting of {program}; {advice}")
+        values[key] = value
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key or error.key}: {reason}; give a value of its type") from error
+    assert isinstance(settings, schema)
+    return settings
+
+
+def _parsed(word: str) -> tuple[str, Any]:
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        return str(parsed.key_or_group), parsed.value()
+    except HydraException as error:
+        raise ConfigError(f"{word}: {str(error).splitlines()[0]}; write key=value") from error
+
+
+def defaults_of(schema: type[DataclassInstance]) -> str:
+    """One indented line `key=default` for every setting of a small program, for its help."""
+    lines = []
+    for item in dataclasses.fields(schema):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        lines.append(f"  {item.name}={default}")
+    return "\n".join(lines)
 
 
 def run_application(job: Callable[[Config], Any], user_errors: tuple[type[Exception], ...]) -> int:

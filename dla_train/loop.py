@@ -34,6 +34,7 @@ from dla_train.resilience.stopping import StopSignals
 from dla_train.resilience.watchdog import Watchdog
 from dla_train.run_log import RunLog, TaskMetrics
 from dla_train.segments import Segment, SegmentedForward, segments_of
+from dla_train.telemetry import MemoryLook
 
 logger = logging.getLogger("dla_train.train")
 
@@ -135,11 +136,12 @@ class Loop:
             targets = self._target_count(batches)
         temperature = gate_temperature(config.memory, config.train.steps, step)
         sums = torch.zeros(2, device=self.mesh.device)
+        look = MemoryLook(self.engine.module, self.mesh) if self.log.look_due(step) else None
         for index, batch in enumerate(batches):
             forward = SegmentedForward(self.engine.module, self.mesh.device)
             for segment in segments_of(batch, config.train.segment_tokens):
                 with clock.phase("forward"):
-                    nats, partition = self._losses(forward, segment, temperature)
+                    nats, partition = self._losses(forward, segment, temperature, None if index else look)
                 with clock.phase("backward"):
                     last = segment.last and index == len(batches) - 1
                     self.engine.backward((nats + partition) / targets, last=last)
@@ -148,6 +150,8 @@ class Loop:
         with clock.phase("step"):
             taken = self.engine.step(lr)
         self.log.end_step(self.sources.train.tokens_per_step)
+        if look is not None:
+            self.log.memory(step, look)
         loss = None
         if due or wants_loss:
             with clock.phase("exchange"):
@@ -158,8 +162,10 @@ class Loop:
                 self.log.training(step, numbers | ({"z_loss": partition_loss} if config.optim.z_loss else {}))
         return _Step(loss, taken.grad_norm, taken.applied, batches)
 
-    def _losses(self, forward: SegmentedForward, segment: Segment, temperature: float) -> tuple[Tensor, Tensor]:
-        logits, targets = forward(segment, gate_temperature=temperature)
+    def _losses(
+        self, forward: SegmentedForward, segment: Segment, temperature: float, look: MemoryLook | None = None
+    ) -> tuple[Tensor, Tensor]:
+        logits, targets = forward(segment, gate_temperature=temperature, observe=look)
         nats, partition, _ = self.engine.module.token_loss(logits, targets, self.config.optim.z_loss)
         return nats, partition
 

@@ -28,10 +28,11 @@ from dla_train.data_config import training_sources
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
 from dla_train.evaluate.loading import load_model
 from dla_train.evaluate.loss_curve import plot_loss_curve
-from dla_train.evaluate.merge_map import merge_map, plot_merge_map, typical_head
 from dla_train.evaluate.unigram import unigram_entropy
 from dla_train.generate import Sampling, generate
 from dla_train.hydra_app import compose
+from dla_train.inspect_memory.history import inspect_text
+from dla_train.inspect_memory.merge_map import plot_merge_map
 
 PROMPT = "def parse_arguments(self, "
 MAP_CHARACTERS = 1200
@@ -145,9 +146,10 @@ def draw(config: Config, entropy: object, resumed_at: int) -> list[Path]:
     assert sources.validation is not None
     text = tokenizer.decode(sources.validation.files.read(0).tolist())[:MAP_CHARACTERS]
     sources.train.close()
-    layer, head = typical_head(model, tokenizer, text, config.memory.target_boundary_rate)
-    found = merge_map(model, tokenizer, text, layer=layer, head=head)
-    plot_merge_map(found, drawn, title=f"{config.model.name}, step {step}: a held-out text in one head's memory")
+    found = inspect_text(model, tokenizer, text)
+    head = found.typical(config.memory.target_boundary_rate)
+    drawn_as = f"{config.model.name}, step {step}: a held-out text in one head's memory"
+    plot_merge_map(found.pieces, head, drawn, title=drawn_as)
     return [curve, drawn]
 
 

@@ -14,10 +14,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import Config
 from dla_train.evaluate.held_out import HeldOut
-from dla_train.metrics import PhaseClock, SpeedMeter, open_sinks, read_lines
+from dla_train.metrics import JsonLines, PhaseClock, SpeedMeter, open_sinks, read_lines
 from dla_train.parallel.mesh import Mesh
 from dla_train.start_clock import StartClock
-from dla_train.telemetry import MemoryTelemetry
+from dla_train.telemetry import MemoryLook, MemoryTelemetry
 
 logger = logging.getLogger("dla_train.train")
 
@@ -25,6 +25,8 @@ EVALUATION = "eval"
 """First part of the names of published tasks' metrics, `eval/<task>/<metric>`."""
 TaskMetrics = Mapping[str, tuple[float, float | None]]
 """(value, its standard error if there is one) by metric."""
+HEADS_FILE = "memory.jsonl"
+"""In the run directory: what a look found in every head."""
 
 
 class RunLog:
@@ -35,6 +37,8 @@ class RunLog:
         self.clock = PhaseClock(mesh.device)
         self._speed = SpeedMeter(config, mesh)
         self._sinks = open_sinks(config, done) if mesh.is_writer else []
+        looks = mesh.is_writer and self._looks()
+        self._heads = JsonLines(Path(config.run_dir) / HEADS_FILE, done) if looks else None
         last = config.train.stop_at_step or config.train.steps
         hidden = not (config.logging.progress and mesh.is_writer)
         self._bar = tqdm(total=last, initial=done, unit="step", desc=config.name, disable=hidden, dynamic_ncols=True)
@@ -49,7 +53,7 @@ class RunLog:
     ) -> None:
         self._bar.close()
         self._redirect.__exit__(kind, error, trace)
-        for sink in self._sinks:
+        for sink in [*self._sinks, *([self._heads] if self._heads else [])]:
             sink.close()
 
     def due(self, step: int, last: int) -> bool:
@@ -73,6 +77,21 @@ class RunLog:
         shown = {"loss": f"{numbers['loss']:.4f}", "tokens/s": f"{numbers['tokens_per_second']:,.0f}"}
         self._bar.set_postfix(shown)
         self._write(step, numbers)
+
+    def look_due(self, step: int) -> bool:
+        """Whether the memories are looked into at `step`."""
+        return self._looks() and step % self._config.logging.memory_interval_steps == 0
+
+    def memory(self, step: int, look: MemoryLook) -> None:
+        """Write the line of a look: every head's to memory.jsonl, its means to the sinks. Collective."""
+        with self.clock.phase("exchange"):
+            numbers, heads = look.read()
+        self._write(step, numbers)
+        if self._heads is not None:
+            self._heads.write(step, heads)
+
+    def _looks(self) -> bool:
+        return self._config.memory.policy != "none" and self._config.logging.memory_interval_steps > 0
 
     def drop_counts(self) -> None:
         """Forget what forward passes outside training counted in the memories."""

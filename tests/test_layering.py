@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above 
     {"huggingface"},
     {"run_log"},
     {"loop"},
-    {"generate", "diagnose", "runs"},
+    {"generate", "diagnose", "inspect_memory", "runs"},
     {"harness", "recall"},
     {"train"},
     {"quickstart", "bench", "plan_run", "inspect_data"},

@@ -29,6 +29,12 @@ def test_every_configuration_file_is_packaged() -> None:
     assert taken
     tables = {path for pattern in data["dla_train.harness"] for path in (ROOT / "dla_train/harness").glob(pattern)}
     assert tables == {path for path in (ROOT / "dla_train").rglob("*.yaml")} != set()
+    pages = {
+        path
+        for pattern in data["dla_train.inspect_memory"]
+        for path in (ROOT / "dla_train/inspect_memory").glob(pattern)
+    }
+    assert pages == {path for path in (ROOT / "dla_train").rglob("*.html")} != set()
     recipes = {path for pattern in data["data_prep"] for path in (ROOT / "data_prep").glob(pattern)}
     assert (
         recipes

@@ -10,7 +10,6 @@ Writes diagnostics.json, .npz and .md, loss_by_position.png and perplexity_by_le
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +22,14 @@ from dla_train.diagnose.comparison import compare, default_lengths
 from dla_train.diagnose.report import write_report
 from dla_train.diagnose.settings import DiagnoseConfig, read_settings
 from dla_train.evaluate.bands import Bands
-
-MISTAKE = 2
-"""Exit code after a mistake."""
+from dla_train.hydra_app import MISTAKE, defaults_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dla-diagnose`; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or {"-h", "--help"} & set(words):
-        print(f"{__doc__}{_settings_help()}")
+        print(f"{__doc__}{defaults_of(DiagnoseConfig)}")
         return 0 if words else MISTAKE
     try:
         print(diagnose(read_settings(words)))
@@ -64,14 +61,6 @@ def diagnose(settings: DiagnoseConfig) -> str:
         confidence=settings.confidence,
     )
     return write_report(settings, arms, files, documents, losses, found)
-
-
-def _settings_help() -> str:
-    lines = []
-    for item in dataclasses.fields(DiagnoseConfig):
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        lines.append(f"  {item.name}={default}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import dataclass, field
 
 from dla_train.config import CHOICES, ConfigError
+from dla_train.hydra_app import settings_of_words
 
 
 @dataclass
@@ -58,26 +53,7 @@ _COUNTS["chunk_tokens"] = 1
 
 def read_settings(words: Sequence[str]) -> DiagnoseConfig:
     """The settings of a command line, each checked. Raises ConfigError."""
-    known = [item.name for item in fields(DiagnoseConfig)]
-    values = {}
-    for word in words:
-        try:
-            parsed = OverridesParser.create().parse_override(word)
-            value = parsed.value()
-        except HydraException as error:
-            raise ConfigError(f"{word}: {str(error).splitlines()[0]}; write key=value") from error
-        key = str(parsed.key_or_group)
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-            raise ConfigError(f"{key} is not a setting of dla-diagnose; {advice}")
-        values[key] = value
-    try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DiagnoseConfig), values))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{error.full_key or error.key}: {reason}; give a value of its type") from error
-    assert isinstance(settings, DiagnoseConfig)
+    settings = settings_of_words(words, DiagnoseConfig, "dla-diagnose")
     _check(settings)
     return settings
 

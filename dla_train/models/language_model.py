@@ -7,19 +7,19 @@ backward, its memory plan is not (see recurrent.py). Build under `torch.device("
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dla_kernels import MemoryPlan
 from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models.block import Block, enter
 from dla_train.models.context import check_context, own_time
 from dla_train.models.linear import Embedding, Linear, RMSNorm
 from dla_train.models.loss import next_token_loss, next_token_nats
-from dla_train.models.mixer import Cache, Documents, Mixer, PlanRecord
+from dla_train.models.mixer import Cache, Documents, Mixer, Observer, PlanRecord
 from dla_train.models.recurrent import RecurrentMixer
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import local_model, sum_partial_gradients
@@ -59,7 +59,6 @@ class LanguageModel(nn.Module):
         rows = local_model(model, axes.tensor.size).vocab_size
         self.model_config, self.memory_config = model, memory
         self.compute_dtype, self.recompute = compute_dtype, recompute
-        self.memory_plans: list[MemoryPlan | None] = []
         with torch.device(device if device is not None else torch.get_default_device()):
             self.embedding = Embedding(model.vocab_size, model.width, axes.tensor)
             self.blocks = nn.ModuleList(
@@ -77,7 +76,7 @@ class LanguageModel(nn.Module):
         gate_temperature: float | None = None,
         caches: list[Cache] | None = None,
         return_caches: bool = False,
-        keep_plans: bool = False,
+        observe: Observer | None = None,
     ) -> LanguageModelOutput:
         """tokens [B, T] int64 -> logits [B, T, vocab].
 
@@ -87,8 +86,8 @@ class LanguageModel(nn.Module):
         cu_seqlens [M+1]: document offsets into the flattened tokens, row edges included; None is one document a
         row. gate_temperature: of soft boundaries in training mode (default `memory.gate_temperature`); evaluation
         is always hard. caches: continue the first document of each row (use the returned ones afterwards).
-        keep_plans: leave every layer's memory plan in `memory_plans`. Raises ValueError for tokens of another shape
-        or type and for bad offsets.
+        observe: called with every recurrent layer's index and what its memory did, once, in the order of the layers.
+        Raises ValueError for tokens of another shape or type and for bad offsets.
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens has shape {list(tokens.shape)} and dtype {tokens.dtype}; it must be [B, T] int64")
@@ -98,13 +97,15 @@ class LanguageModel(nn.Module):
         documents = Documents.of(batch, length, cu_seqlens, seen=seen, device=tokens.device)
         x = self.embedding(own_time(tokens, self.axes), dtype=self.compute_dtype, scatter_time=self.axes.sequence)
         after: list[Cache] = []
-        records = [PlanRecord() for _ in self.blocks]
+        records = [
+            PlanRecord(observer=None if observe is None else functools.partial(observe, layer))
+            for layer in range(len(self.blocks))
+        ]
         for index, (block, record) in enumerate(zip(self._blocks(), records, strict=True)):
             cache = caches[index] if caches else None
             x, new_cache = self._run(block, x, documents, record, temperature, cache, return_caches)
             if new_cache is not None:
                 after.append(new_cache)
-        self.memory_plans = [record.plan for record in records] if keep_plans else []
         return LanguageModelOutput(self._logits(x, self.axes), after if return_caches else None)
 
     def token_loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

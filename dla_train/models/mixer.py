@@ -7,7 +7,7 @@ is one file plus one line in `BACKBONES` there; a new policy is a name that `dla
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,11 +90,40 @@ def attention_mask(positions: Tensor, stored: int = 0) -> Tensor:
     return ((back >= 0) & (back <= positions[..., None]))[:, None]
 
 
+@dataclass(frozen=True)
+class MemoryReading:
+    """What one layer's memory did in one forward, for an observer: its plan and how its slots were read.
+
+    H are the heads this rank's memory holds. Tensors of the forward itself, without gradients.
+    """
+
+    plan: MemoryPlan
+    weights: Tensor
+    """[B, T, H, S] read weights by recency rank (0: open), before gates."""
+    gates: Tensor | None
+    """[B, T, H] gates of boundaries as the read used them (1 elsewhere); None where boundaries are hard."""
+    carried_gates: Tensor | None
+    """[B, H, S] gates of the slots of a carried cache; None without one."""
+    tau: Tensor | None
+    """[H] thresholds; None for a policy that does not score."""
+    first_head: int
+    """Of H among the heads of its tensor rank: not 0 under context parallelism alone."""
+
+
+Observer = Callable[[int, MemoryReading], None]
+"""(layer, reading) -> None: called once by every recurrent layer of a forward that is observed."""
+
+
 @dataclass
 class PlanRecord:
-    """The memory plan of one layer in one forward: decided once, kept for recomputation and for telemetry."""
+    """The memory plan of one layer in one forward: decided once, kept for recomputation; and who looks at it."""
 
     plan: MemoryPlan | None = None
+    tau: Tensor | float | None = None
+    """The thresholds it was decided with, without a gradient: kept, so that an observer need not call the module again,
+    which would change the order of calls that ZeRO's stage 3 has learned."""
+    observer: Callable[[MemoryReading], None] | None = None
+    """Called by the mixer, which then removes it: a recomputed forward is not observed again."""
 
 
 class Mixer(Protocol):

@@ -26,7 +26,7 @@ from dla_train.models.gated_deltanet import GatedDeltaNet
 from dla_train.models.linear import wide_dtype
 from dla_train.models.mamba2 import Mamba2
 from dla_train.models.memory_reads import CONTROLLED_TAU_RANGE, MemoryReader
-from dla_train.models.mixer import Documents, PlanRecord
+from dla_train.models.mixer import Documents, MemoryReading, PlanRecord
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import local_model
 
@@ -64,10 +64,13 @@ class RecurrentMixer(nn.Module):
         """
         projected, of_heads, inputs = self._state_inputs(hidden, documents.positions, cache)
         if record.plan is None:
-            record.plan = self._decide(inputs, documents, cache)
+            record.tau = self._tau()
+            record.plan = self._decide(inputs, documents, record.tau, cache)
             self._count(record.plan)
         plan = record.plan
         weights, routing = self.reader(hidden, inputs, plan, cache)
+        gates = self._gates(inputs, plan, gate_temperature)
+        self._show(record, weights, gates, cache)
         q, k, v, log_decay, beta = inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta
         read = dla_attention(
             q,
@@ -79,7 +82,7 @@ class RecurrentMixer(nn.Module):
             plan=plan,
             closed_slots=self.memory.closed_slots,
             scale=self.backbone.scale,
-            gates=self._gates(inputs, plan, gate_temperature),
+            gates=gates,
             routing_keys=routing.kappa if routing is not None else None,
             cache=cache,
             return_cache=return_cache,
@@ -168,11 +171,14 @@ class RecurrentMixer(nn.Module):
         mixed = self.backbone.conv(of_heads.conv_inputs, positions, history)
         return projected, of_heads, self.backbone.state_inputs(mixed, of_heads)
 
+    @torch.no_grad()
     def _tau(self) -> Tensor | float:
         return self.reader.own_tau() if self.reader.tau is not None else self.memory.tau
 
     @torch.no_grad()
-    def _decide(self, inputs: StateInputs, documents: Documents, cache: MergeCache | None) -> MemoryPlan:
+    def _decide(
+        self, inputs: StateInputs, documents: Documents, tau: Tensor | float, cache: MergeCache | None
+    ) -> MemoryPlan:
         memory = self.memory
         # What the planner saves for its own score gradients is not the block's: a recomputation, which does not
         # plan, must find the same saved tensors as the first forward.
@@ -182,7 +188,7 @@ class RecurrentMixer(nn.Module):
                 inputs.v,
                 inputs.log_decay,
                 inputs.beta,
-                tau=self._tau(),
+                tau=tau,
                 capacity=self.reader.capacity,
                 policy=memory.policy,
                 drift=memory.drift,
@@ -205,6 +211,23 @@ class RecurrentMixer(nn.Module):
     def _gated(self) -> bool:
         """Whether boundaries carry a gate: decided by drift, between several slots, and in training mode."""
         return self.training and self.memory.policy == "dla" and self.memory.gate != "hard" and self.reader.capacity > 1
+
+    @torch.no_grad()
+    def _show(self, record: PlanRecord, weights: Tensor, gates: Tensor | None, cache: MergeCache | None) -> None:
+        """Call the record's observer, if there is one, and let go of it."""
+        observer, record.observer = record.observer, None
+        if observer is None or record.plan is None:
+            return
+        observer(
+            MemoryReading(
+                plan=record.plan,
+                weights=weights.detach(),
+                gates=None if gates is None else gates.detach(),
+                carried_gates=None if cache is None else cache.gates,
+                tau=record.tau if isinstance(record.tau, Tensor) else None,
+                first_head=self.context.rank * self.reader.heads,
+            )
+        )
 
     @torch.no_grad()
     def _count(self, plan: MemoryPlan) -> None:

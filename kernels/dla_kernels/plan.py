@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NEVER = torch.iinfo(torch.int64).max
 """Death of a boundary that no merge of this call removes."""
+NO_SLOT = torch.iinfo(torch.int32).min
+"""Start of a slot that there is not, in `MemoryPlan.slots_at`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,26 @@ class MemoryPlan:
         offset = self.origin
         chronological = torch.where(live, starts + offset[:, :, None, None], NEVER).sort(dim=-1).values
         return torch.where(chronological == NEVER, -1, chronological).transpose(1, 2)
+
+    def slots_at(self, tokens: Tensor) -> Tensor:
+        """[B, M, H, S] int32: first token of each live slot at the M `tokens` [M] of every row, by recency rank.
+
+        Tokens are counted from the row's first, so that a carried slot's is negative; NO_SLOT where there is no slot.
+        For a few tokens: the work is that of M x (S + C) boundaries, whatever T.
+        """
+        from dla_kernels.memory.table import slot_table
+
+        table, end = slot_table(self, self.chunk), self.boundary.shape[1]
+        edge = tokens // self.chunk
+        inside = (edge * self.chunk)[:, None] + torch.arange(self.chunk, device=tokens.device)
+        dies_inside = table.token_death[:, :, inside.clamp(max=end - 1)].where(inside < end, -1)
+        dies = torch.cat([table.death[:, :, edge], dies_inside], dim=-1)
+        begins = table.start[:, :, edge]
+        begins = torch.cat([begins, inside.to(begins).expand(dies_inside.shape)], dim=-1)
+        time, document = tokens[:, None], table.document_start[:, None, tokens, None]
+        alive = (begins <= time) & (dies > time) & (begins >= document)
+        newest_first = begins.where(alive, NO_SLOT).topk(self.capacity, dim=-1).values
+        return newest_first.transpose(1, 2)
 
     def live_slots(self) -> Tensor:
         """[B, T, H] int64: number of live slots m at each token, after its boundary and merge."""

@@ -14,11 +14,12 @@ def test_spans_are_those_of_the_plan(tiny, build, backbone, policy):
     lm = build(*tiny(backbone, policy)).eval()
     tokens = torch.randint(17, (2, 23), generator=torch.Generator().manual_seed(0))
     caches = prefill(lm, tokens, lm.empty_caches(2, 23), chunk_tokens=10)[1]
-    lm(tokens, keep_plans=True)
+    plans = {}
+    lm(tokens, observe=lambda layer, reading: plans.update({layer: reading.plan}))
     found = head_memories(caches, 1)
     assert [(memory.layer, memory.head) for memory in found] == [(layer, head) for layer in (0, 1) for head in range(4)]
     for memory in found:
-        plan = lm.memory_plans[memory.layer]
+        plan = plans[memory.layer]
         starts = plan.slot_starts()[1, -1, memory.head]
         assert [slot.first for slot in memory.slots] == starts[starts >= 0].tolist()
         assert [slot.end for slot in memory.slots] == [*(slot.first for slot in memory.slots[1:]), 23]

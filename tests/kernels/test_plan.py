@@ -1,12 +1,15 @@
 """The planner: scores, boundaries, merges; the chunkwise form against the token loop and against the text of the
 paper."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_cases import BACKBONES, PACKED, capacity_of, make_case, plan_options
 from tolerances import SCORE_ABSOLUTE
 
 import dla_kernels as dk
+from dla_kernels.plan import NO_SLOT
 
 
 def assert_same_plan(a: dk.MemoryPlan, b: dk.MemoryPlan) -> None:
@@ -234,3 +237,25 @@ def test_live_slots_are_counted_across_a_carried_cache_and_packed_documents(poli
     for cu_seqlens in (None, torch.tensor([0, 11, 25, 26, 50])):
         after = dk.plan_memory(*rest.keys, **options, cache=cache, cu_seqlens=cu_seqlens)
         assert torch.equal((after.slot_starts() >= 0).sum(-1), after.live_slots())
+
+
+@pytest.mark.parametrize("policy", ["single", "log_linear", "fixed", "dla"])
+@pytest.mark.parametrize("packed", [None, torch.tensor([0, 11, 25, 26, 50])])
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_slots_at_some_tokens_are_those_of_all_tokens_newest_first(policy, packed, chunk):
+    """Also those a cache carries in, whose tokens lie before the row."""
+    case = make_case("mamba2")
+    first, rest = case.tokens(0, 20), case.tokens(20, 45)
+    options = plan_options(policy) | {"chunk_size": chunk}
+    ones = torch.ones(2, 20, 2, options["capacity"], dtype=torch.float64)
+    before = dk.plan_memory(*first.keys, **options)
+    _, cache = dk.dla_attention(*first.all, read_weights=ones, plan=before, return_cache=True)
+    plan = dk.plan_memory(*rest.keys, **options, cache=cache, cu_seqlens=packed)
+    tokens = torch.tensor([0, 3, 4, 11, 24])
+    found, starts = plan.slots_at(tokens), plan.slot_starts()[:, tokens]
+    assert found.shape == (2, 5, 2, options["capacity"])
+    for row, token, head in itertools.product(range(2), range(5), range(2)):
+        origin = int(plan.origin[row, head])
+        live = [start - origin for start in starts[row, token, head].tolist() if start >= 0]
+        missing = options["capacity"] - len(live)
+        assert found[row, token, head].tolist() == [*reversed(live), *[NO_SLOT] * missing]

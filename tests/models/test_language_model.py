@@ -161,25 +161,26 @@ def test_recompute_really_drops_activations(tiny, build):
 
 def test_statistics_count_what_the_plans_hold(tiny, build):
     lm = build(*tiny("gated_deltanet", "dla")).eval()
-    lm(tokens_of(2, 24), torch.tensor([0, 9, 24, 48]), keep_plans=True)
+    plans = []
+    lm(tokens_of(2, 24), torch.tensor([0, 9, 24, 48]), observe=lambda layer, reading: plans.append(reading.plan))
     counted = lm.memory_statistics()
     assert counted.shape == (2, 4, 3)
-    for layer, plan in zip(counted, lm.memory_plans, strict=True):
+    for layer, plan in zip(counted, plans, strict=True):
         # three documents, whose starts are no decision and open one slot each
         assert layer[:, 0].tolist() == (plan.boundary.sum((0, 1)) - 3).tolist()
         assert layer[:, 1].tolist() == [45] * 4
         assert layer[:, 2].tolist() == ((plan.slot_starts() >= 0).sum((0, 1, 3)) - 3).tolist()
     lm(tokens_of(1, 8))
-    assert lm.memory_plans == []
     assert lm.memory_statistics()[:, :, 1].unique().tolist() == [52]
     lm.reset_memory_statistics()
     assert lm.memory_statistics().count_nonzero() == 0
 
 
-def test_attention_has_no_statistics_and_no_plans(tiny, build):
+def test_attention_has_no_statistics_and_shows_nothing(tiny, build):
     lm = build(*tiny("attention", "none"))
-    lm(tokens_of(1, 8), keep_plans=True)
-    assert lm.memory_plans == [None, None]
+    seen = []
+    lm(tokens_of(1, 8), observe=lambda layer, reading: seen.append(layer))
+    assert seen == []
     assert lm.memory_statistics().count_nonzero() == 0 and lm.memory_statistics().shape == (2, 4, 3)
 
 

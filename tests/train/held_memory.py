@@ -106,8 +106,9 @@ def plan_tensors(model: LanguageModel, config: Config) -> list[Tensor]:
     """All tensors of every layer's memory plan after a forward pass, slot indices included."""
     model.recompute = False
     tokens = torch.zeros(config.train.micro_batch_rows, config.data.context_tokens, dtype=torch.int64)
-    model(tokens, keep_plans=True)
-    return [tensor for plan in model.memory_plans if plan is not None for tensor in tensors_in(plan)]
+    plans: list[Any] = []
+    model(tokens, observe=lambda layer, reading: plans.append(reading.plan))
+    return list(tensors_in(plans))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -165,6 +165,7 @@ def test_the_run_directory_holds_the_configuration_the_metrics_and_one_checkpoin
         "checkpoints/step_00000008/tensors/rng-00000-000.safetensors",
         "checkpoints/step_00000008/trainer.json",
         "config.yaml",
+        "memory.jsonl",
         "metrics.jsonl",
         "run.json",
         "status.json",

@@ -7,14 +7,13 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-import torch
 
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.tokenizer import load_tokenizer
 from dla_train.evaluate.loss_curve import plot_loss_curve
-from dla_train.evaluate.merge_map import main as draw_merge_map
-from dla_train.evaluate.merge_map import merge_map, plot_merge_map, typical_head
 from dla_train.evaluate.unigram import token_counts, unigram_entropy
+from dla_train.inspect_memory.history import inspect_text
+from dla_train.inspect_memory.merge_map import plot_merge_map
 from dla_train.models.build import build_model
 from dla_train.quickstart import main as quickstart
 from dla_train.train import train
@@ -45,66 +44,18 @@ def test_unigram_entropy_is_that_of_the_counted_tokens(tiny):
     assert token_counts(files, 320).sum() == files.tokens
 
 
-def test_a_merge_map_is_the_models_own_plan(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    found = merge_map(model, tokenizer, TEXT, layer=1, head=1)
-    assert "".join(found.pieces) == TEXT
-    ids = torch.tensor([tokenizer.encode(TEXT)])
-    model.eval()
-    model(ids, keep_plans=True)
-    plan = model.memory_plans[1]
-    assert found.boundary == plan.boundary[0, :, 1].tolist()
-    assert found.score == plan.score[0, :, 1].tolist()
-    assert len(found.slot_starts) == int(plan.live_slots()[0, -1, 1]) == 4
-    assert all(found.boundary[start] for start in found.slot_starts)
-    assert found.tau == pytest.approx(1.0)
-
-
-def test_the_typical_head_has_the_boundary_rate_nearest_to_the_target(model_and_tokenizer):
-    model, tokenizer = model_and_tokenizer
-    rates = {}
-    for layer in range(2):
-        for head in range(2):
-            boundary = merge_map(model, tokenizer, TEXT, layer=layer, head=head).boundary
-            rates[layer, head] = (sum(boundary) - 1) / len(boundary)  # the first token is no decision
-    for target in (0.0, 1.0):
-        assert typical_head(model, tokenizer, TEXT, target) == min(rates, key=lambda key: abs(rates[key] - target))
-
-
-@pytest.mark.parametrize(
-    "layer, head, text, message",
-    [(2, 0, TEXT, "layers 0 to 1"), (0, 2, TEXT, "heads 0 to 1"), (0, 0, "", "text is empty")],
-)
-def test_a_merge_map_of_what_is_not_there_is_refused(model_and_tokenizer, layer, head, text, message):
-    with pytest.raises(ValueError, match=message):
-        merge_map(*model_and_tokenizer, text, layer=layer, head=head)
-
-
-def test_softmax_attention_has_no_merge_map(tiny):
-    config = tiny("model.backbone=attention", "model.conv_width=0", "memory=none")
-    with pytest.raises(ValueError, match="no memory slots"):
-        merge_map(build_model(config, "cpu"), load_tokenizer(config.data.tokenizer), TEXT, layer=0, head=0)
-
-
 def test_a_merge_map_is_drawn(model_and_tokenizer, tmp_path):
-    found = merge_map(*model_and_tokenizer, TEXT + "$x$ {_} \\frac and a longer line " * 9, layer=0, head=0)
-    plot_merge_map(found, tmp_path / "deep" / "map.png", title="map")
+    found = inspect_text(*model_and_tokenizer, TEXT + "$x$ {_} \\frac and a longer line " * 9, layer=0, head=0)
+    plot_merge_map(found.pieces, found.heads[0], tmp_path / "deep" / "map.png", title="map")
     assert_picture(tmp_path / "deep" / "map.png")
 
 
-def test_the_commands_of_a_finished_run_draw_its_pictures(tiny, tmp_path):
+def test_the_loss_curve_of_a_finished_run_is_drawn(tiny, tmp_path):
     config = tiny("train.validation_interval_steps=4", "train.validation_batches=1")
     train(config)
     run = Path(config.run_dir)
     plot_loss_curve(run / "metrics.jsonl", tmp_path / "loss.png", title="t", levels={"unigram": 5.0}, resumed_at=[4])
     assert_picture(tmp_path / "loss.png")
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT, encoding="utf-8")
-    arguments = ["--run", str(run), "--text", str(text), "--output", str(tmp_path / "map.png")]
-    assert draw_merge_map(arguments) == 0
-    assert_picture(tmp_path / "map.png")
-    assert draw_merge_map([*arguments, "--layer", "7"]) == 2
-    assert draw_merge_map(["--run", str(tmp_path), "--text", str(text), "--output", str(tmp_path / "x.png")]) == 2
 
 
 def test_a_loss_curve_needs_a_loss(tmp_path):

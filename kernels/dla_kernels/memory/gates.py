@@ -75,8 +75,16 @@ def gate_read_weights(
     )
     # Between ranks r and r-1 lies the boundary that starts slot r-1: hence the shift by one rank.
     between = chunk_slots(plan, chunk).boundary_values_by_rank(gates, carried, shift=1, fill=1.0)
+    return soften(weights, between)
+
+
+def soften(weights: Tensor, between: Tensor) -> Tensor:
+    """Read weights [..., S] by recency rank, each mixed with the next newer one by the gate between the two.
+
+    between [..., S]: entry r holds the gate of the boundary between the slots of ranks r and r-1; entry 0 is not read.
+    """
     gated = [weights[..., 0]]
-    for rank in range(1, plan.capacity):
+    for rank in range(1, weights.shape[-1]):
         p = between[..., rank]
         gated.append(p * weights[..., rank] + (1.0 - p) * gated[-1])
     return torch.stack(gated, dim=-1)

@@ -1,4 +1,4 @@
-"""What the memories of a model do during training: boundary rate, live slots, tau.
+"""Counts of every step of training: boundary rate, live slots, tau.
 
 Counts are added up on each rank, without a device synchronisation, and reduced over the ranks only where they are read:
 at log lines, or at every step where the counts steer tau.
@@ -6,21 +6,14 @@ at log lines, or at every step where the counts steer tau.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.memory_reads import Tau
+from dla_train.parallel.axes import Axis
 from dla_train.parallel.mesh import Mesh
-
-logger = logging.getLogger(__name__)
-
-RARE, CONSTANT = 0.005, 0.99
-"""Boundary rates beyond which a memory is as good as one slot, or one slot a token."""
-PATIENCE = 100
-"""Log lines in a row outside these bounds before the warning."""
+from dla_train.telemetry.collapse import CollapseWatch
 
 
 class MemoryTelemetry:
@@ -31,8 +24,7 @@ class MemoryTelemetry:
         self._mesh = mesh
         self._steers_tau = model.memory_config.policy == "dla" and model.memory_config.tau_control == "rate"
         self._counts: Tensor | None = None
-        self._extreme_lines = 0
-        self._warned = False
+        self._collapse = CollapseWatch()
 
     def after_step(self) -> None:
         """Take the counts of this step's forward passes; move a controlled tau by those of all ranks."""
@@ -48,15 +40,16 @@ class MemoryTelemetry:
         """Boundary rate, mean live slots and mean tau since the last call, over all ranks; {} without a memory."""
         if self._counts is None:
             return {}
-        boundaries, tokens, live_slots = self._mesh.sum(self._counts).sum(dim=(0, 1)).tolist()
+        counts = self._mesh.sum(placed_heads(self._counts, self._mesh.axes.tensor)).cpu()
         self._counts = None
+        boundaries, tokens, live_slots = counts.sum(dim=(0, 1)).tolist()
         if tokens == 0:
             return {}
         numbers = {"boundary_rate": boundaries / tokens, "live_slots": live_slots / tokens}
         thresholds = [module().detach().mean() for module in self._model.modules() if isinstance(module, Tau)]
         if thresholds:
             numbers["tau"] = float(self._mesh.sum(torch.stack(thresholds).mean())) / self._mesh.size
-            self._watch(numbers["boundary_rate"])
+            self._collapse.watch(counts)
         return numbers
 
     def _take(self) -> Tensor:
@@ -65,17 +58,9 @@ class MemoryTelemetry:
         self._counts = counts if self._counts is None else self._counts + counts
         return counts
 
-    def _watch(self, rate: float) -> None:
-        """Warn once when the boundary rate has long been extreme: the loss does not show a collapsed memory."""
-        extreme = rate < RARE or rate > CONSTANT
-        self._extreme_lines = self._extreme_lines + 1 if extreme else 0
-        if self._extreme_lines >= PATIENCE and not self._warned:
-            self._warned = True
-            what = "hardly any token starts a slot" if rate < RARE else "nearly every token starts a slot"
-            logger.warning(
-                "boundary rate %.4f: for %d log lines %s; the memory is not used as meant. Move memory.tau, or use "
-                "memory.tau_control=rate",
-                rate,
-                PATIENCE,
-                what,
-            )
+
+def placed_heads(values: Tensor, tensor: Axis) -> Tensor:
+    """[layers, heads of one tensor rank, n] -> [layers, all heads, n], zero for the heads of other tensor ranks."""
+    whole = values.new_zeros(values.shape[0], values.shape[1] * tensor.size, values.shape[2])
+    whole.chunk(tensor.size, dim=1)[tensor.rank].copy_(values)
+    return whole

@@ -1,6 +1,5 @@
 """What is read off the memories of a model."""
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from dla_train.config import Config
 from dla_train.models.build import build_model
 from dla_train.parallel.mesh import Mesh
-from dla_train.telemetry import PATIENCE, MemoryTelemetry
+from dla_train.telemetry import MemoryTelemetry
 
 ONE_RANK = Mesh(rank=0, size=1, device=torch.device("cpu"), owns_group=False)
 
@@ -60,20 +59,3 @@ def test_tau_is_steered_only_by_rate_control(tiny: Callable[..., Config]) -> Non
         model = build_model(tiny(f"memory={memory}"), "cpu")
         tau = counted(MemoryTelemetry(model, ONE_RANK), model)["tau"]
         assert (tau != pytest.approx(0.6)) == moves
-
-
-@pytest.mark.parametrize(("tau", "words"), [(1.3, "hardly any"), (0.1, "nearly every")])
-def test_a_boundary_rate_long_at_an_end_warns_once(
-    tiny: Callable[..., Config], caplog: pytest.LogCaptureFixture, tau: float, words: str
-) -> None:
-    model = build_model(tiny(), "cpu")
-    telemetry = MemoryTelemetry(model, ONE_RANK)
-    boundaries = 0.0 if tau > 1 else 16.0
-    counts = torch.tensor([boundaries, 16.0, 16.0], dtype=torch.float64).expand(2, 2, 3)
-    model.memory_statistics = lambda: counts.clone()
-    with caplog.at_level(logging.WARNING, logger="dla_train"):
-        for line in range(2 * PATIENCE + 1):
-            telemetry.after_step()
-            telemetry.read()
-            assert bool(caplog.records) == (line + 1 >= PATIENCE)
-    assert len(caplog.records) == 1 and words in caplog.text

@@ -1,0 +1,104 @@
+"""A look into the memories of a model in one training step: gathered in its first micro-batch, read after the step.
+
+Looking changes nothing of the training: no gradient, no random number, no plan made anew. Each head's numbers are added
+up where its memory is; ranks are joined when the look is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_train.models.language_model import LanguageModel
+from dla_train.models.mixer import MemoryReading
+from dla_train.parallel.mesh import Mesh
+from dla_train.telemetry.counts import placed_heads
+from dla_train.telemetry.sums import AGE_BINS, COLUMNS, SCORE_WIDTH, head_sums, named
+
+RATIOS: dict[str, tuple[str, str]] = {
+    "boundary_rate": ("boundaries", "decisions"),
+    "score": ("score", "decisions"),
+    "live_slots": ("slots", "samples"),
+    "slot_tokens": ("slot_tokens", "slots"),
+    "merge_rate": ("merges", "samples"),
+    "merge_age_tokens": ("merge_age", "merges"),
+    "read_entropy": ("entropy", "samples"),
+    "read_evenness": ("entropy", "most_entropy"),
+    "read_open_share": ("open_share", "samples"),
+    "gate_distance": ("gate_distance", "gates"),
+}
+"""Numbers of a look, each a sum over another (docs/diagnostics.md); one without anything counted is left out."""
+HISTOGRAMS = ("score_histogram", "slot_tokens_histogram", "merge_age_histogram")
+
+
+class MemoryLook:
+    """One look: an `Observer` of forward passes, then numbers."""
+
+    def __init__(self, model: LanguageModel, mesh: Mesh) -> None:
+        self._mesh = mesh
+        heads = model.model_config.num_heads // mesh.axes.tensor.size
+        size = (model.model_config.num_layers, heads, COLUMNS)
+        self._sums = torch.zeros(size, dtype=torch.float64, device=mesh.device)
+        self._taus = torch.zeros_like(self._sums[..., :1])
+        self._scores = model.memory_config.policy == "dla"
+
+    def __call__(self, layer: int, reading: MemoryReading) -> None:
+        """Add what a layer's memory did in a forward."""
+        found = head_sums(reading)
+        own = slice(reading.first_head, reading.first_head + len(found))
+        self._sums[layer, own] += found
+        if reading.tau is not None:
+            self._taus[layer, own, 0] = reading.tau.double()
+
+    def read(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """(numbers for the trackers, detail by head for a file), the same on every rank. Collective."""
+        axes = self._mesh.axes
+        found = self._mesh.sum(placed_heads(torch.cat([self._sums, self._taus], dim=-1), axes.tensor)).cpu()
+        sums, taus = found[..., :-1], found[..., -1] / axes.data.size if self._scores else None
+        return numbers(sums, taus), detail(sums, taus)
+
+
+def numbers(sums: Tensor, taus: Tensor | None) -> dict[str, float]:
+    """Flat numbers of sums [layers, H, COLUMNS] and taus [layers, H]: of all layers, then of each layer.
+
+    taus: None for a policy that does not score.
+    """
+    flat: dict[str, float] = {}
+    of_layers = named(sums.sum(1))
+    for name, (part, whole) in RATIOS.items():
+        if name == "score" and taus is None:
+            continue
+        total = float(of_layers[whole].sum())
+        if total:
+            flat[f"memory/{name}"] = float(of_layers[part].sum()) / total
+        for layer, (p, w) in enumerate(zip(of_layers[part].tolist(), of_layers[whole].tolist(), strict=True)):
+            flat |= {f"memory/{name}/layer_{layer}": p / w} if w else {}
+    if taus is not None:
+        flat["memory/tau"] = float(taus.mean())
+        flat |= {f"memory/tau/layer_{layer}": float(row.mean()) for layer, row in enumerate(taus)}
+    return flat
+
+
+def detail(sums: Tensor, taus: Tensor | None) -> dict[str, Any]:
+    """The same for every head, and histograms, as plain values; with the edges of the histograms' bins."""
+    parts = named(sums)
+    heads = []
+    for layer, head in itertools.product(range(sums.shape[0]), range(sums.shape[1])):
+        own = {name: part[layer, head] for name, part in parts.items()}
+        record: dict[str, Any] = {"layer": layer, "head": head}
+        record |= {} if taus is None else {"tau": _short(float(taus[layer, head]))}
+        record |= {name: _short(float(own[p] / own[w])) for name, (p, w) in RATIOS.items() if own[w]}
+        record |= {name: [_short(x) for x in own[name].tolist()] for name in HISTOGRAMS}
+        shares = own["read_share_by_age"] / own["samples"].clamp_min(1)
+        record["read_share_by_age"] = [_short(x) for x in shares.tolist()]
+        heads.append(record)
+    bins = {"score_bin_width": SCORE_WIDTH, "age_bins_from_tokens": [2**b for b in range(AGE_BINS)]}
+    return {**bins, "heads": heads}
+
+
+def _short(value: float) -> float:
+    """Five digits, whole numbers as such: a file of every head should stay small."""
+    return int(value) if value == int(value) else float(f"{value:.5g}")
