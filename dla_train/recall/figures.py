@@ -16,8 +16,10 @@ COLOURS = ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:
 """Of the memories, in the order of the settings."""
 
 
-def plot_accuracy(found: Sequence[ArmNumbers], title: str, path: Path) -> None:
-    """Accuracy on every part, a panel a backbone, with intervals over seeds; void arms are hollow."""
+def plot_accuracy(
+    found: Sequence[ArmNumbers], results: Mapping[str, Mapping[int, RunResult]], title: str, path: Path
+) -> None:
+    """Accuracy on every part, a panel a backbone: every seed faintly, mean and interval; void arms are hollow."""
     panels = _panels(found)
     figure = Figure(figsize=(1.2 + 5.2 * len(panels), 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -30,6 +32,9 @@ def plot_accuracy(found: Sequence[ArmNumbers], title: str, path: Path) -> None:
             heights = np.array([100 * accuracy.mean for accuracy in accuracies])
             reach = np.array([[100 * (a.mean - a.low), 100 * (a.high - a.mean)] for a in accuracies]).T
             colour = "0.4" if numbers.arm.name == ATTENTION else COLOURS[place % len(COLOURS)]
+            for result in results[numbers.arm.name].values():
+                seed = [100 * result.parts[part].accuracy for part in parts]
+                ax.plot(centres - 0.035, seed, "o", color=colour, alpha=0.3, markersize=3)
             ax.errorbar(
                 centres,
                 heights,
@@ -37,6 +42,7 @@ def plot_accuracy(found: Sequence[ArmNumbers], title: str, path: Path) -> None:
                 fmt="o",
                 color=colour,
                 markerfacecolor="white" if numbers.void else colour,
+                markersize=5,
                 capsize=3,
                 label=_label(numbers) + (" (void)" if numbers.void else ""),
             )

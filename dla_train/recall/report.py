@@ -24,7 +24,9 @@ def write_page(study: StudyConfig, runs: StudyRuns, folder: Path, images: Path) 
     if found:
         seeds = f"{len(study.seeds)} seeds"
         accuracy, curves = f"{study.name}_accuracy.png", f"{study.name}_curves.png"
-        plot_accuracy(found, f"{study.name}: mean and {CONFIDENCE:.0%} interval over {seeds}", images / accuracy)
+        plot_accuracy(
+            found, runs.results, f"{study.name}: {seeds}, mean and {CONFIDENCE:.0%} interval", images / accuracy
+        )
         plot_curves(found, runs.results, f"{study.name}: mean and range over {seeds}", images / curves)
         where = Path(os.path.relpath(images, folder))
         pictures = f"\n![Accuracy]({where / accuracy})\n\n![Learning curves]({where / curves})\n"
