@@ -160,9 +160,10 @@ def do_run(run: Run, study: StudyConfig, path: Path) -> RunResult:
 
 
 def identity_of(run: Run, study: StudyConfig) -> dict[str, Any]:
-    """Everything a run's numbers depend on, as plain JSON."""
+    """Everything a run's numbers depend on, as plain JSON: studies may share runs."""
     config: Config = run.arm.run(run.learning_rate, run.seed)
     settings = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "memory", "optim")}
+    del settings["model"]["name"]
     whole = {"split": run.split, "seed": run.seed, **settings, **{name: getattr(study, name) for name in SHARED}}
     return json.loads(json.dumps(whole))
 

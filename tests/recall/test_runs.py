@@ -79,6 +79,12 @@ def test_runs_of_other_settings_in_the_folder_are_an_error(ended):
         run_study(dataclasses.replace(study, steps=31))
 
 
+def test_a_study_of_another_name_takes_over_the_runs_it_shares(ended, monkeypatch):
+    study, runs = ended
+    monkeypatch.setattr("dla_train.recall.runs.do_run", None)
+    assert run_study(dataclasses.replace(study, name="other")).results == runs.results
+
+
 def test_a_damaged_file_is_named(ended, tmp_path):
     study, _ = ended
     files = sorted((Path(study.output) / "runs").glob("*.json"))
