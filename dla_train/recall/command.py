@@ -7,16 +7,18 @@
   dla-recall render docs/results/recall docs/images      # the pages and pictures of every NAME.json in a folder
 
 Writes NAME.json, NAME.md and two pictures into `output`, and one JSON a run into its folder `runs`. Exit code 0, 1
-where a run failed, 2 after a mistake that is explained, 130 after an interrupt. Settings (meanings:
+where a run failed, 2 after a mistake that is explained, 130 after SIGINT or SIGTERM. Settings (meanings:
 dla_train/recall/settings.py; studies: configs/study/):
 """
 
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from dla_train.config import ConfigError
 from dla_train.recall.probe import probe_table
@@ -29,7 +31,7 @@ from dla_train.recall.tasks.errors import RecallError
 MISTAKE = 2
 """Exit code after a mistake."""
 STOPPED = 130
-"""Exit code after an interrupt."""
+"""Exit code after SIGINT or SIGTERM."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words == ["probe"]:
         print(probe_table())
         return 0
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         if words[:1] == ["render"]:
             return render(words[1:])
@@ -55,7 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dla-recall: stopped; finished runs are kept, and the same command goes on", file=sys.stderr)
         return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 1 if runs.failures else 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def render(words: Sequence[str]) -> int:

@@ -101,7 +101,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tiny, tmp_path):
     assert "failed" in tables(study, runs, compare_arms(study, runs))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_stopped_study_leaves_no_process_behind_and_goes_on(tmp_path, number, code):
     words = ["study=paired_token", f"output={tmp_path}", "processes=1", "steps=100000", "seeds=[0]", "progress=false"]
     study = subprocess.Popen(
@@ -112,7 +112,10 @@ def test_a_stopped_study_leaves_no_process_behind_and_goes_on(tmp_path, number, 
     )
     workers = wait_for(lambda: [p for p in psutil.Process(study.pid).children(True) if busy(p)])
     os.kill(study.pid, number)
-    _, errors = study.communicate(timeout=60)
+    try:
+        _, errors = study.communicate(timeout=60)
+    finally:
+        study.kill()
     assert study.returncode == code, errors
     assert not psutil.wait_procs(workers, timeout=60)[1]
 
