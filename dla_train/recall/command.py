@@ -17,6 +17,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import FrameType
 
@@ -54,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(write_page(study, runs, folder, folder))
     except (ConfigError, RecallError, OSError) as error:
         print(f"dla-recall: error: {error}", file=sys.stderr)
+        return MISTAKE
+    except BrokenProcessPool:
+        print(
+            "dla-recall: error: a run's process was killed, perhaps for memory; use fewer processes=", file=sys.stderr
+        )
         return MISTAKE
     except KeyboardInterrupt:
         print("dla-recall: stopped; finished runs are kept, and the same command goes on", file=sys.stderr)

@@ -1,8 +1,8 @@
 """What the runs of a study say: means over seeds with intervals, paired differences, and which arms count.
 
 An interval is Student's t over seeds, of the mean of an arm or of the difference from the baseline seed by seed. An arm
-that has not learnt the easy part with every seed was not trained long enough to be compared: it is void, and so is its
-comparison. Nothing is left out of the tables for that.
+that has not learnt the easy part with every seed was not trained long enough to be compared: it is void and has no
+difference from the baseline, nor has any arm from a void baseline. Its own numbers stay in the tables.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PartNumbers:
 
     accuracy: Interval
     difference: Interval | None
-    """From the baseline of its backbone, seed by seed; None of the baseline and of attention."""
+    """From the baseline of its backbone, seed by seed; None of the baseline, of attention, and where either is void."""
     clear: bool | None
     """Whether the two arms' own intervals do not meet, in the arm's favour."""
     steps_to_goal: list[int | None]
@@ -75,7 +75,8 @@ def compare_arms(study: StudyConfig, runs: StudyRuns) -> list[ArmNumbers]:
         if not own:
             continue
         baseline = baseline_of(study, runs, arm)
-        parts = {part: _part(study, own, baseline, part) for part in next(iter(own.values())).parts}
+        compared = baseline if baseline and not _void(study, own) and not _void(study, baseline) else None
+        parts = {part: _part(study, own, compared, part) for part in next(iter(own.values())).parts}
         found.append(
             ArmNumbers(
                 arm,
@@ -95,7 +96,7 @@ def baseline_of(study: StudyConfig, runs: StudyRuns, arm: Arm) -> Mapping[int, R
     """Runs that the arm's are compared with, by seed; None for a baseline and for attention."""
     if arm.name == ATTENTION or arm.memory == study.baseline:
         return None
-    return runs.results[f"{arm.backbone}_{study.baseline}"]
+    return runs.results.get(f"{arm.backbone}_{study.baseline}")
 
 
 def interval(values: list[float]) -> Interval:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import Config, ConfigError
+from dla_train.parallel.cores import available_cores
 from dla_train.parallel.mesh import pick_device
 from dla_train.recall.arms import Arm, study_arms, study_tasks
 from dla_train.recall.settings import StudyConfig
@@ -89,7 +90,7 @@ def run_study(study: StudyConfig) -> StudyRuns:
     tuning_runs = [Run(arm, rate, study.tuning_seed, "tuning") for arm in arms for rate in study.learning_rates if tune]
     planned = len(tuning_runs) + len(arms) * len(study.seeds)
     failures: dict[str, str] = {}
-    processes = study.processes or len(os.sched_getaffinity(0))
+    processes = study.processes or available_cores()
     with Workers(study, folder, processes) as workers, _bar(study, planned) as bar:
         tuned = _done(workers, tuning_runs, bar, failures)
         tuning = _by_rate(tuned)

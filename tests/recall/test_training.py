@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dla_train.recall.arms import study_arms, study_tasks
+from dla_train.recall.settings import compose
 from dla_train.recall.training import PartDraw, judge, train_run
 
 
@@ -56,6 +57,17 @@ def test_a_model_learns_and_reports_when_it_did(tiny):
     reached = found.steps_to("few", 0.5)
     assert reached is not None and 50 <= reached <= 250
     assert found.steps_to("few", 1.01) is None
+
+
+@pytest.mark.parametrize("name", ["ablation", "mqar"])
+def test_every_arm_of_a_shipped_study_trains_and_is_judged(name):
+    few = ["steps=1", "optim.warmup_steps=1", "batch_rows=2", "held_out_rows=2", "curve_rows=2"]
+    study = compose([f"study={name}", *few])
+    tasks = study_tasks(study)
+    for arm in study_arms(study, tasks):
+        found = train_run(study, arm.config, tasks, "held_out", torch.device("cpu"))
+        assert list(found.parts) == list(study.parts), arm.name
+        assert all(0 < judged.loss < 20 for judged in found.parts.values()), arm.name
 
 
 def test_only_a_soft_gate_has_a_loss_with_the_boundaries_of_training(tiny):
