@@ -41,7 +41,7 @@ test-gpu: $(STAMP)  ## Run the tests that need a CUDA device
 test-multigpu: $(STAMP)  ## Compare training on all CUDA devices with one
 	$(BIN)/python -m pytest -q -m gpu tests/parallel
 
-test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs (20 minutes)
+test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs (half an hour)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m tests.faults.suite --output docs/results --rounds 4
 
 test-slurm: $(STAMP)  ## dla-launch and dla-sweep on a SLURM of this machine (root)
