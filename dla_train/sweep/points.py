@@ -126,6 +126,11 @@ def write_point(folder: Path, point: Point, config: Config) -> None:
         write_atomically(run_dir / POINT_FILE, json.dumps(asdict(point), indent=1))
 
 
+def point_from_dict(values: dict[str, Any]) -> Point:
+    """A point of its plain values, as JSON holds them. Raises KeyError or TypeError."""
+    return Point(**{**values, "overrides": tuple(values["overrides"])})
+
+
 def read_points(folder: Path) -> list[Point]:
     """The points that lie in a sweep's folder, by name."""
     files = sorted((folder / POINTS_FOLDER).glob(f"*/{POINT_FILE}"))
@@ -204,9 +209,7 @@ def _point(sweep: SweepConfig, overrides: Sequence[str], setting: Setting, seed:
 
 def _read_point(path: Path) -> Point:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values["overrides"] = tuple(values["overrides"])
-        return Point(**values)
+        return point_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete its folder, and the sweep runs it anew") from error
 
