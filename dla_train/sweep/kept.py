@@ -17,7 +17,7 @@ from dla_train.config import ConfigError
 from dla_train.intervals import CONFIDENCE
 from dla_train.sweep.definition import sweep_from_dict
 from dla_train.sweep.outcomes import Outcome
-from dla_train.sweep.point_results import COST_NUMBERS, RESULT_NUMBERS, PointResult
+from dla_train.sweep.point_results import COSTS, LOSSES, MERGE_STATISTICS, PointResult
 from dla_train.sweep.points import point_from_dict
 from dla_train.sweep.positions import span_difference, span_loss, span_words, spans_of
 from dla_train.sweep.results import (
@@ -90,7 +90,7 @@ def _told(results: Results, setting: SettingResult) -> dict[str, Any]:
     spans = {span_words(span): span for span in spans_of([setting])}
     told: dict[str, Any] = {"name": setting.name, "values": setting.values, "baseline": setting.baseline}
     told["objective"] = _plain(setting.spread)
-    told["numbers"] = {name: _plain(setting.number(name)) for name in (*RESULT_NUMBERS, *COST_NUMBERS)}
+    told["numbers"] = {name: _plain(setting.number(name)) for name in (*LOSSES, *MERGE_STATISTICS, *COSTS)}
     told["loss_by_position"] = {words: _plain(span_loss(setting, span)) for words, span in spans.items()}
     if reference:
         told["difference"] = _plain(paired_difference(setting.scores, reference.scores))

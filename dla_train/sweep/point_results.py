@@ -28,10 +28,8 @@ from dla_train.sweep.points import Point
 CURVE_POINTS = 128
 """Most points of a kept curve: a picture shows no more."""
 MERGE_STATISTICS = ("boundary_rate", "live_slots", "tau")
-RESULT_NUMBERS = ("validation_loss", "validation_bits_per_byte", "loss", *MERGE_STATISTICS)
-"""What training came to: in the ranked table, and kept as curves too."""
-COST_NUMBERS = ("parameters", "tokens_per_second", "memory_bytes", "cache_bytes")
-"""What it took."""
+LOSSES = ("validation_loss", "validation_bits_per_byte", "loss")
+COSTS = ("parameters", "tokens_per_second", "memory_bytes", "cache_bytes")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def read_point_result(point: Point, run_dir: Path, size: dict[str, float]) -> Po
         numbers["tokens_per_second"] = statistics.median(speeds.values())
     if peaks := by_name.get("memory_bytes"):  # a start after a stop counts from nothing
         numbers["memory_bytes"] = max(peaks.values())
-    curves = {name: _thinned(by_name[name]) for name in RESULT_NUMBERS if name in by_name}
+    curves = {name: _thinned(by_name[name]) for name in (*LOSSES, *MERGE_STATISTICS) if name in by_name}
     newest = int(lines[-1]["step"]) if lines else 0
     return PointResult(point, outcome, outcome.step if outcome else newest, numbers | size, curves, _versions(run_dir))
 

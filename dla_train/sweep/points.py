@@ -63,7 +63,7 @@ class Point:
 
 def baseline_settings(sweep: SweepConfig) -> list[Setting]:
     """The points to compare with."""
-    return [Setting(_safe(name), {}, tuple(words), baseline=True) for name, words in sweep.baselines.items()]
+    return [Setting(safe_name(name), {}, tuple(words), baseline=True) for name, words in sweep.baselines.items()]
 
 
 def swept_settings(sweep: SweepConfig) -> list[Setting]:
@@ -81,7 +81,9 @@ def setting_of(sweep: SweepConfig, values: Values, trial: int | None = None) -> 
     name = "-".join(f"{key}_{written(value)}" for key, value in zip(short, values.values(), strict=True))
     if trial is not None:
         name = f"trial_{trial:03d}-{name}"
-    return Setting(_safe(name), values, tuple(f"{key}={written(value)}" for key, value in values.items()), trial=trial)
+    return Setting(
+        safe_name(name), values, tuple(f"{key}={written(value)}" for key, value in values.items()), trial=trial
+    )
 
 
 def points_of(sweep: SweepConfig, overrides: Sequence[str], settings: Sequence[Setting]) -> list[Point]:
@@ -179,6 +181,11 @@ def written(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def safe_name(name: str) -> str:
+    """A name as a folder has it."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
 def _point_config(sweep: SweepConfig, point: Point, composed: dict[tuple[str, ...], Config]) -> Config:
     """The checked configuration of a point; `composed` keeps those of other seeds, as composing takes 0.15 s."""
     shared = tuple(word for word in point.overrides if override_key(word) not in ("name", "seed"))
@@ -195,7 +202,7 @@ def _point_config(sweep: SweepConfig, point: Point, composed: dict[tuple[str, ..
 
 
 def _run_name(sweep: SweepConfig, point_name: str) -> str:
-    return f"{_safe(sweep.name)}-{point_name}"
+    return f"{safe_name(sweep.name)}-{point_name}"
 
 
 def _point(sweep: SweepConfig, overrides: Sequence[str], setting: Setting, seed: int) -> Point:
@@ -212,10 +219,6 @@ def _read_point(path: Path) -> Point:
         return point_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete its folder, and the sweep runs it anew") from error
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _for_shell(word: str) -> str:

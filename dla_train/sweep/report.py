@@ -17,18 +17,21 @@ from dla_train.intervals import CONFIDENCE
 from dla_train.sweep import figures
 from dla_train.sweep.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
 from dla_train.sweep.kept import KEPT_FILE, open_results, write_kept
-from dla_train.sweep.point_results import COST_NUMBERS, RESULT_NUMBERS
+from dla_train.sweep.point_results import COSTS, LOSSES, MERGE_STATISTICS
 from dla_train.sweep.points import command_line, written
 from dla_train.sweep.positions import compared, span_difference, span_loss, span_words, spans_of
 from dla_train.sweep.results import SWEEP_FILE, Results, SettingResult, Spread, paired_difference
 
-_FORMS = {"live_slots": ".1f", "tau": ".3f", "boundary_rate": ".3f"}
-_COST_FORMS: dict[str, Callable[[Spread], str]] = {
+_FORMS: dict[str, Callable[[Spread], str]] = {
+    "boundary_rate": lambda spread: _spread(spread, ".3f"),
+    "live_slots": lambda spread: _spread(spread, ".1f"),
+    "tau": lambda spread: _spread(spread, ".3f"),
     "parameters": lambda spread: f"{spread.mean:,.0f}",
     "tokens_per_second": lambda spread: _spread(spread, ",.0f"),
     "memory_bytes": lambda spread: f"{spread.mean / 2**20:,.0f}",
     "cache_bytes": lambda spread: f"{spread.mean / 2**10:,.1f}",
 }
+"""Cells of the table of slots, size and cost."""
 _COLUMNS = {
     "validation_bits_per_byte": "bits per byte",
     "tokens_per_second": "tokens/s",
@@ -120,7 +123,7 @@ def _interval_words(results: Results) -> str:
 
 
 def _ranking(results: Results) -> Table:
-    names = [name for name in RESULT_NUMBERS if name != results.sweep.objective]
+    names = [name for name in LOSSES if name != results.sweep.objective]
     names = [name for name in names if any(setting.number(name) for setting in results.ranked)]
     head = ["", "setting", *results.sweep.axes, results.sweep.objective]
     if results.reference:
@@ -128,7 +131,7 @@ def _ranking(results: Results) -> Table:
     rows = []
     for rank, setting in enumerate(results.ranked, start=1):
         values = [written(setting.values[key]) if key in setting.values else "" for key in results.sweep.axes]
-        numbers = [_spread(setting.number(name), _FORMS.get(name, ".4f")) for name in names]
+        numbers = [_spread(setting.number(name)) for name in names]
         difference = _difference(results, setting)
         rows.append([str(rank), results.label(setting), *values, _spread(setting.spread), *difference, *numbers])
     return Table([*head, *map(_column, names)], rows, left=["setting"], best_first=True)
@@ -151,20 +154,25 @@ def _difference(results: Results, setting: SettingResult) -> list[str]:
 
 
 def _costs(results: Results) -> list[Block]:
-    """Size and cost of the ranked settings; a column only where some run has the number."""
-    names = [name for name in COST_NUMBERS if any(setting.number(name) for setting in results.ranked)]
+    """Slots, size and cost of the ranked settings; a column only where some run has the number."""
+    names = [name for name in (*MERGE_STATISTICS, *COSTS) if any(setting.number(name) for setting in results.ranked)]
     if not names:
         return []
     rows = []
     for setting in results.ranked:
         found = [(name, setting.number(name)) for name in names]
-        rows.append([results.label(setting), *(_COST_FORMS[name](spread) if spread else "" for name, spread in found)])
+        rows.append([results.label(setting), *(_FORMS[name](spread) if spread else "" for name, spread in found)])
     text = (
-        "Tokens/s: median over the lines of a run, mean over seeds ± standard deviation. Peak memory: the device's, or "
-        "of the whole process on a CPU, of the rank that had most. Decode cache: of one sequence as long as a row of "
-        "training, by formula, as are the parameters; only attention's grows with the sequence."
+        "In the order of the table above. Boundaries, slots and tau are of the runs' last lines, tokens/s the median "
+        "over a run's lines. Peak memory: the device's, or of the whole process on a CPU, of the rank that had most; "
+        "mean over seeds. Decode cache: of one sequence as long as a row of training, by formula, as are the "
+        "parameters; only attention's grows with the sequence."
     )
-    return [Heading("Size and cost"), Paragraph(text), Table(["setting", *map(_column, names)], rows, left=["setting"])]
+    return [
+        Heading("Slots, size and cost"),
+        Paragraph(text),
+        Table(["setting", *map(_column, names)], rows, left=["setting"]),
+    ]
 
 
 def _loss_by_position(results: Results) -> list[Block]:

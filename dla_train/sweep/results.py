@@ -16,7 +16,7 @@ from dla_train.config import ConfigError
 from dla_train.intervals import Interval, interval
 from dla_train.sweep.definition import SweepConfig, sweep_from_dict
 from dla_train.sweep.point_results import PointResult, model_size, read_point_result
-from dla_train.sweep.points import read_points
+from dla_train.sweep.points import read_points, safe_name
 from dla_train.sweep.sampling import Values
 
 SWEEP_FILE = "sweep.json"
@@ -120,7 +120,7 @@ class Results:
     @property
     def reference(self) -> SettingResult | None:
         """The baseline that differences are taken to: the first of the sweep."""
-        first = next(iter(self.sweep.baselines), None)
+        first = safe_name(next(iter(self.sweep.baselines), ""))
         return next((item for item in self.settings if item.baseline and item.name == first), None)
 
     def label(self, setting: SettingResult) -> str:

@@ -147,6 +147,24 @@ def test_the_picture_has_a_line_and_bars_for_every_setting_but_the_reference(fol
     assert matplotlib.image.imread(folder / "report/loss_by_position.png")[..., :3].std() > 0.03
 
 
+def test_baselines_alone_are_drawn_in_colours_and_only_what_some_run_has(folder: Path) -> None:
+    for path in folder.glob("points/*/metrics.jsonl"):
+        path.write_text(path.read_text().replace('"tau"', '"other"'))
+    results = read_results(folder)
+    curves, slots = figures.loss_curves(results), figures.merge_statistics(results)
+    assert curves is not None and slots is not None
+    assert [axes.get_title() for axes in slots.axes] == ["boundaries per token", "live slots"]
+    colours = {line.get_color() for line in curves.axes[0].lines}
+    assert len(colours) == 3 and all(colour.startswith("#") for colour in colours), "shades of grey are for baselines"
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["slot", "log_linear", "single"]
+
+
+def test_the_reference_is_found_by_a_name_that_a_folder_cannot_have(tmp_path: Path) -> None:
+    folder = fake_sweep(tmp_path, [0], "sweep.baselines={one+state: ['memory=single'], slot: ['memory=dla']}")
+    reference = read_results(folder).reference
+    assert reference is not None and reference.name == "one_state"
+
+
 @pytest.mark.usefixtures("unpainted")
 def test_size_and_cost_are_those_of_the_configuration_and_of_all_lines(folder: Path) -> None:
     for path in folder.glob("points/*/metrics.jsonl"):
@@ -157,17 +175,18 @@ def test_size_and_cost_are_those_of_the_configuration_and_of_all_lines(folder: P
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = read_results(folder)
     write_report(results)
-    cells = rows((folder / "report.md").read_text(), "Size and cost")
-    heads = ["setting", "parameters", "tokens/s", "peak memory, MiB", "decode cache, KiB"]
-    assert cells["setting"] == heads
+    cells = rows((folder / "report.md").read_text(), "Slots, size and cost")
+    heads = ["boundary rate", "live slots", "tau", "parameters", "tokens/s", "peak memory, MiB", "decode cache, KiB"]
+    assert cells["setting"] == ["setting", *heads]
     sweep = results.sweep
     points, configs = checked_points(sweep, results.overrides)
     for point in points:
         config = configs[point.name]
         size = parameter_count(config.model, config.memory)
         cache = cache_bytes(config.model, config.memory, 1, config.data.context_tokens)
-        assert cells[point.setting][1:] == [f"{size:,}", "1,000 ± 0", "1,024", f"{cache / 1024:,.1f}"]
-    assert cells["single"][1] != cells["slot"][1] and cells["single"][4] != cells["slot"][4]
+        assert cells[point.setting][1:4] == ["0.250 ± 0.000", "3.0 ± 0.0", "0.600 ± 0.000"]
+        assert cells[point.setting][4:] == [f"{size:,}", "1,000 ± 0", "1,024", f"{cache / 1024:,.1f}"]
+    assert cells["single"][4] != cells["slot"][4] and cells["single"][7] != cells["slot"][7]
 
 
 def test_attentions_cache_is_that_of_a_row_in_the_type_of_the_run(tmp_path: Path) -> None:
@@ -182,8 +201,8 @@ def test_a_configuration_of_another_version_leaves_its_cells_empty(folder: Path)
     path = folder / "points/slot-seed_0/config.yaml"
     path.write_text(path.read_text().replace("  width:", "  breadth:"))
     write_report(read_results(folder))
-    cells = rows((folder / "report.md").read_text(), "Size and cost")
-    assert cells["slot"][1] == cells["slot"][3] == "" and cells["slot"][2] and cells["single"][1]
+    cells = rows((folder / "report.md").read_text(), "Slots, size and cost")
+    assert cells["slot"][4] == cells["slot"][-1] == "" and cells["slot"][5] and cells["single"][4]
 
 
 def test_a_kept_report_says_what_the_first_said_and_is_made_again_of_its_json_alone(
