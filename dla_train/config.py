@@ -85,10 +85,10 @@ class MemoryConfig:
     """Whether closed slots keep decaying (`transition`) or keep the state of their end (`frozen`)."""
     read: str = "content"
     """Read weights: `unit` (1), `slot` (per recency rank or level), `content` (slot plus routing on slot keys)."""
-    routing: str = "qk"
-    """Content routing on q and k themselves (`qk`) or on projections of their own (`projected`)."""
-    routing_dim: int = 64
-    """Size of `routing: projected`."""
+    routing: str = "projected"
+    """Content routing on projections of their own (`projected`) or on q and k themselves (`qk`)."""
+    routing_dim: int = 16
+    """R: size of a head's projections for `routing: projected`."""
     gain_init: float = 0.0
     """Initial content gain per head; 0 starts as the slot form, exactly."""
     sharpness_init: float = 8.0

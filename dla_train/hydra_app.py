@@ -248,15 +248,18 @@ def unknown_setting(key: str) -> str:
     return f"{key} is not a setting; {advice}"
 
 
-def explain(error: Exception) -> str:
-    """One sentence for an error of Hydra or OmegaConf: what was given, what is legal."""
+def explain(error: Exception, unknown: Callable[[str], str] = unknown_setting) -> str:
+    """One sentence for an error of Hydra or OmegaConf: what was given, what is legal.
+
+    unknown: the sentence about a key that is not in the schema; by default of a training run's.
+    """
     for cause in _causes(error):
         if isinstance(cause, ConfigError):  # of an interpolation
             return str(cause)
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options is not None:
             return _unknown_option(cause.missing_cfg_file, list(cause.options))
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
-            return unknown_setting(str(cause.full_key))
+            return unknown(str(cause.full_key))
         if isinstance(cause, ValidationError) and cause.full_key:
             return _wrong_type(cause)
     first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

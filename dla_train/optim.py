@@ -3,6 +3,10 @@
 Weight decay applies to every parameter of two or more dimensions, the embedding and the head included (as in Megatron
 and GPT-NeoX), except those a module marked with `no_weight_decay`; vectors (norms, biases, decays, thresholds) take
 none. Nothing here keeps a counter: a resumed run reads its learning rate from the step alone.
+
+Parameters that may not be negative (`Routing.non_negative`) are a group of their own, and every update ends by putting
+those below 0 back on it. Without that, a gain that starts at 0 and is no use yet, because keys and queries are still
+to be learnt, drifts below it for thousands of steps and has to climb all the way back before it can open.
 """
 
 from __future__ import annotations
@@ -21,27 +25,51 @@ def takes_weight_decay(parameter: nn.Parameter) -> bool:
     return len(shape) >= 2 and not getattr(parameter, "no_weight_decay", False)
 
 
+def non_negative_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that modules name in `non_negative`; none of them takes weight decay."""
+    return [getattr(module, name) for module in model.modules() for name in getattr(module, "non_negative", ())]
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The decayed and the undecayed group, each in the order of `named_parameters`; an empty one is left out."""
+    """The decayed, the undecayed and the non-negative group (`floor`), each in the order of `named_parameters`.
+
+    An empty one is left out.
+    """
+    floored = {id(parameter) for parameter in non_negative_parameters(model)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in parameters if takes_weight_decay(parameter)]
-    undecayed = [parameter for parameter in parameters if not takes_weight_decay(parameter)]
+    free = [parameter for parameter in parameters if id(parameter) not in floored]
     groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+        {"params": [parameter for parameter in free if takes_weight_decay(parameter)], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in free if not takes_weight_decay(parameter)], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in parameters if id(parameter) in floored],
+            "weight_decay": 0.0,
+            "floor": 0.0,
+        },
     ]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`. The learning rate is set before every step, by the engine."""
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameter_groups(model, optim.weight_decay),
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         fused=True,
     )
+    optimizer.register_step_post_hook(_put_back)
+    return optimizer
+
+
+@torch.no_grad()
+def _put_back(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Clamp groups that have a floor; under ZeRO their parameters are one flat part of the whole group."""
+    for group in optimizer.param_groups:
+        if "floor" in group:
+            for parameter in group["params"]:
+                parameter.clamp_(min=group["floor"])
 
 
 def learning_rate(optim: OptimConfig, steps: int, step: int) -> float:

@@ -147,8 +147,11 @@ BROKEN = {
     "interval of dla": (["memory.interval_tokens=32"], ["memory.interval_tokens=32", "memory.policy=fixed"]),
     "levels of dla": (["memory.levels=4"], ["memory.levels=4", "log_linear"]),
     "frozen single state": (["memory=single", "memory.closed_slots=frozen"], ["memory.closed_slots=frozen"]),
-    "routing of a slot read": (["memory.read=slot", "memory.routing=projected"], ["memory.read=content"]),
-    "size of a projection that is not there": (["memory.routing_dim=32"], ["memory.routing=projected"]),
+    "routing of a slot read": (["memory.read=slot", "memory.routing=qk"], ["memory.read=content"]),
+    "size of a projection that is not there": (
+        ["memory.routing=qk", "memory.routing_dim=32"],
+        ["memory.routing=projected"],
+    ),
     "temperature of a hard gate": (["memory.gate=hard", "memory.gate_temperature=0.5"], ["soft gate"]),
     "gate of another policy": (["memory=fixed", "memory.gate=straight_through"], ["memory.policy=dla"]),
     "capacity rule of log_linear": (["memory=log_linear", "memory.capacity_rule=oldest"], ["fixed or dla"]),

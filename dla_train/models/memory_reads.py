@@ -3,9 +3,9 @@
 `MemoryReader` is the same for every backbone and policy. Two parametrisations a reader would ask about:
 - A slot weight is softplus(W x + bias + log(e - 1)) with W = bias = 0 at the start: exactly 1, so a fresh layer is its
   single-state backbone.
-- The content gain must start at exactly 0, stay non-negative and still learn. No smooth map of a parameter does all
-  three (0 is its minimum, so its slope there is 0); the parameter is clamped at 0 with the gradient passed straight
-  through. The gradient stays linear in the loss, so it is the same however a batch is divided.
+- The content gain must be able to start at exactly 0, stay non-negative and still learn. No smooth map of a parameter
+  does all three (0 is its minimum, so its slope there is 0): the gain is the parameter itself, and the optimizer puts
+  it back on 0 after an update that went below (optim.py).
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class RoutingTerms:
 class Routing(nn.Module):
     """Routing queries and keys (q and k themselves, or own projections) with a gain and a sharpness per head."""
 
+    non_negative = ("gain",)
+
     def __init__(self, model: ModelConfig, memory: MemoryConfig, context: Axis) -> None:
         super().__init__()
         self.key_heads, self.context = model.num_key_heads, context
@@ -105,7 +107,7 @@ class Routing(nn.Module):
         else:
             rho, kappa = inputs.q, inputs.k
         gain = exact(self.gain)
-        gain = gain + (gain.clamp_min(0) - gain).detach()
+        gain = gain + (gain.clamp_min(0) - gain).detach()  # below 0 in a loaded model only
         heads = inputs.v.shape[2]
         gain, sharpness = (own_heads(x, heads, self.context) for x in (gain, exact(self.log_sharpness).exp()))
         return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, sharpness)

@@ -106,6 +106,10 @@ class MemoryReading:
     """[B, H, S] gates of the slots of a carried cache; None without one."""
     tau: Tensor | None
     """[H] thresholds; None for a policy that does not score."""
+    gain: Tensor | None
+    """[H] gains of content reading; None where slots are not read by content."""
+    sharpness: Tensor | None
+    """[H] its sharpness, likewise."""
     first_head: int
     """Of H among the heads of its tensor rank: not 0 under context parallelism alone."""
 

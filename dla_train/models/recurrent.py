@@ -25,7 +25,7 @@ from dla_train.models.context import to_time
 from dla_train.models.gated_deltanet import GatedDeltaNet
 from dla_train.models.linear import wide_dtype
 from dla_train.models.mamba2 import Mamba2
-from dla_train.models.memory_reads import CONTROLLED_TAU_RANGE, MemoryReader
+from dla_train.models.memory_reads import CONTROLLED_TAU_RANGE, MemoryReader, RoutingTerms
 from dla_train.models.mixer import Documents, MemoryReading, PlanRecord
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import local_model
@@ -70,7 +70,7 @@ class RecurrentMixer(nn.Module):
         plan = record.plan
         weights, routing = self.reader(hidden, inputs, plan, cache)
         gates = self._gates(inputs, plan, gate_temperature)
-        self._show(record, weights, gates, cache)
+        self._show(record, weights, gates, routing, cache)
         q, k, v, log_decay, beta = inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta
         read = dla_attention(
             q,
@@ -213,7 +213,14 @@ class RecurrentMixer(nn.Module):
         return self.training and self.memory.policy == "dla" and self.memory.gate != "hard" and self.reader.capacity > 1
 
     @torch.no_grad()
-    def _show(self, record: PlanRecord, weights: Tensor, gates: Tensor | None, cache: MergeCache | None) -> None:
+    def _show(
+        self,
+        record: PlanRecord,
+        weights: Tensor,
+        gates: Tensor | None,
+        routing: RoutingTerms | None,
+        cache: MergeCache | None,
+    ) -> None:
         """Call the record's observer, if there is one, and let go of it."""
         observer, record.observer = record.observer, None
         if observer is None or record.plan is None:
@@ -225,6 +232,8 @@ class RecurrentMixer(nn.Module):
                 gates=None if gates is None else gates.detach(),
                 carried_gates=None if cache is None else cache.gates,
                 tau=record.tau if isinstance(record.tau, Tensor) else None,
+                gain=None if routing is None else routing.gain.detach(),
+                sharpness=None if routing is None else routing.sharpness.detach(),
                 first_head=self.context.rank * self.reader.heads,
             )
         )

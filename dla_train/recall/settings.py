@@ -6,8 +6,9 @@ every other run (config_rules.py); nothing here imports torch.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import hydra
@@ -102,10 +103,19 @@ def compose(words: Sequence[str]) -> StudyConfig:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
             study = OmegaConf.to_object(hydra.compose("recall", list(words)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, unknown=_unknown)) from error
     assert isinstance(study, StudyConfig)
     check(study)
     return study
+
+
+def _unknown(key: str) -> str:
+    names = [item.name for item in fields(StudyConfig)]
+    near = difflib.get_close_matches(key, names, n=1)
+    if "." in key and key.partition(".")[0] in names:
+        return f"{key} is not in the study's file; write +{key}=VALUE to add it"
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{key} is not a setting of a study; {meant}choose from {', '.join(names)}"
 
 
 def check(study: StudyConfig) -> None:

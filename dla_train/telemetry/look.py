@@ -7,6 +7,7 @@ up where its memory is; ranks are joined when the look is read.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ RATIOS: dict[str, tuple[str, str]] = {
     "gate_distance": ("gate_distance", "gates"),
 }
 """Numbers of a look, each a sum over another (docs/diagnostics.md); one without anything counted is left out."""
+SETTINGS = ("tau", "gain", "sharpness")
+"""What a head has rather than does: a number of the reading each, where its policy and read form have it."""
 HISTOGRAMS = ("score_histogram", "slot_tokens_histogram", "merge_age_histogram")
 
 
@@ -42,54 +45,56 @@ class MemoryLook:
         heads = model.model_config.num_heads // mesh.axes.tensor.size
         size = (model.model_config.num_layers, heads, COLUMNS)
         self._sums = torch.zeros(size, dtype=torch.float64, device=mesh.device)
-        self._taus = torch.zeros_like(self._sums[..., :1])
-        self._scores = model.memory_config.policy == "dla"
+        self._settings = torch.zeros_like(self._sums[..., : len(SETTINGS)])
+        memory = model.memory_config
+        has = {"tau": memory.policy == "dla"} | dict.fromkeys(("gain", "sharpness"), memory.read == "content")
+        self._has = [name for name in SETTINGS if has[name]]
 
     def __call__(self, layer: int, reading: MemoryReading) -> None:
         """Add what a layer's memory did in a forward."""
         found = head_sums(reading)
         own = slice(reading.first_head, reading.first_head + len(found))
         self._sums[layer, own] += found
-        if reading.tau is not None:
-            self._taus[layer, own, 0] = reading.tau.double()
+        for column, name in enumerate(SETTINGS):
+            value: Tensor | None = getattr(reading, name)
+            if value is not None:
+                self._settings[layer, own, column] = value.double()
 
     def read(self) -> tuple[dict[str, float], dict[str, Any]]:
         """(numbers for the trackers, detail by head for a file), the same on every rank. Collective."""
         axes = self._mesh.axes
-        found = self._mesh.sum(placed_heads(torch.cat([self._sums, self._taus], dim=-1), axes.tensor)).cpu()
-        sums, taus = found[..., :-1], found[..., -1] / axes.data.size if self._scores else None
-        return numbers(sums, taus), detail(sums, taus)
+        found = self._mesh.sum(placed_heads(torch.cat([self._sums, self._settings], dim=-1), axes.tensor)).cpu()
+        sums, settings = found.split([COLUMNS, len(SETTINGS)], dim=-1)
+        values = {name: settings[..., SETTINGS.index(name)] / axes.data.size for name in self._has}
+        return numbers(sums, values), detail(sums, values)
 
 
-def numbers(sums: Tensor, taus: Tensor | None) -> dict[str, float]:
-    """Flat numbers of sums [layers, H, COLUMNS] and taus [layers, H]: of all layers, then of each layer.
-
-    taus: None for a policy that does not score.
-    """
+def numbers(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, float]:
+    """Flat numbers of sums [layers, H, COLUMNS] and settings [layers, H] by name: of all layers, then of each layer."""
     flat: dict[str, float] = {}
     of_layers = named(sums.sum(1))
     for name, (part, whole) in RATIOS.items():
-        if name == "score" and taus is None:
+        if name == "score" and "tau" not in settings:
             continue
         total = float(of_layers[whole].sum())
         if total:
             flat[f"memory/{name}"] = float(of_layers[part].sum()) / total
         for layer, (p, w) in enumerate(zip(of_layers[part].tolist(), of_layers[whole].tolist(), strict=True)):
             flat |= {f"memory/{name}/layer_{layer}": p / w} if w else {}
-    if taus is not None:
-        flat["memory/tau"] = float(taus.mean())
-        flat |= {f"memory/tau/layer_{layer}": float(row.mean()) for layer, row in enumerate(taus)}
+    for name, values in settings.items():
+        flat[f"memory/{name}"] = float(values.mean())
+        flat |= {f"memory/{name}/layer_{layer}": float(row.mean()) for layer, row in enumerate(values)}
     return flat
 
 
-def detail(sums: Tensor, taus: Tensor | None) -> dict[str, Any]:
+def detail(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, Any]:
     """The same for every head, and histograms, as plain values; with the edges of the histograms' bins."""
     parts = named(sums)
     heads = []
     for layer, head in itertools.product(range(sums.shape[0]), range(sums.shape[1])):
         own = {name: part[layer, head] for name, part in parts.items()}
         record: dict[str, Any] = {"layer": layer, "head": head}
-        record |= {} if taus is None else {"tau": _short(float(taus[layer, head]))}
+        record |= {name: _short(float(values[layer, head])) for name, values in settings.items()}
         record |= {name: _short(float(own[p] / own[w])) for name, (p, w) in RATIOS.items() if own[w]}
         record |= {name: [_short(x) for x in own[name].tolist()] for name in HISTOGRAMS}
         shares = own["read_share_by_age"] / own["samples"].clamp_min(1)

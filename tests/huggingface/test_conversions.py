@@ -22,7 +22,7 @@ MEMORIES = {
     "fixed": ["memory=fixed", "memory.capacity=3", "memory.interval_tokens=4"],
     "slot": ["memory=dla_slot", "memory.capacity=4"],
     "content": ["memory=dla", "memory.capacity=4"],
-    "projected": ["memory=dla_learned", "memory.routing=projected", "memory.capacity=4"],
+    "qk": ["memory=dla_learned", "memory.routing=qk", "memory.capacity=4"],
 }
 CHANGES = {
     "mamba2": [{}, {"n_groups": 1, "tie_word_embeddings": True}, {"use_conv_bias": False, "n_groups": 6}],

@@ -28,7 +28,8 @@ def test_predicted_parameter_count_equals_counted(shipped, model, memory):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"routing": "projected", "routing_dim": 3},
+        {"routing": "qk"},
+        {"routing_dim": 3},
         {"tau_control": "learned"},
         {"mlp_width": 0},
         {"conv_width": 0},
@@ -108,7 +109,7 @@ def _projection_flops(lm, tokens):
     ],
 )
 def test_predicted_dense_flops_equal_counted(tiny, build, backbone, policy, tied):
-    configs = tiny(backbone, policy, tie_embeddings=tied, **({"routing": "projected"} if policy == "dla" else {}))
+    configs = tiny(backbone, policy, tie_embeddings=tied)
     tokens = torch.randint(0, 17, (2, 9))
     counted_flops = _projection_flops(build(*configs, dtype=torch.float32), tokens)
     assert flops_per_token(*configs, 9).dense * tokens.numel() == counted_flops

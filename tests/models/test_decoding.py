@@ -17,7 +17,7 @@ CASES = [
             {"capacity_rule": "oldest"},
             {"capacity_rule": "random"},
             {"read": "slot"},
-            {"routing": "projected", "routing_dim": 3},
+            {"routing": "qk"},
             {"conv_width": 0},
             {"conv_width": 1},
             {"conv_bias": True},

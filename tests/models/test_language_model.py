@@ -14,7 +14,7 @@ VARIANTS = [
     {"drift": "update"},
     {"capacity_rule": "oldest"},
     {"capacity_rule": "random"},
-    {"routing": "projected", "routing_dim": 3},
+    {"routing": "qk"},
     {"read": "slot"},
     {"gate": "straight_through"},
     {"tau_control": "rate"},
@@ -99,7 +99,7 @@ def test_any_length_and_batch_runs_and_rows_are_independent(tiny, build, backbon
             for v in (
                 {"tau_control": "learned"},
                 {"tau_control": "learned", "gate": "straight_through"},
-                {"routing": "projected", "routing_dim": 3},
+                {"routing": "qk"},
                 {"closed_slots": "frozen"},
                 {"drift": "update"},
                 {"read": "slot"},

@@ -14,7 +14,7 @@ KINDS.append(("attention", "none"))
 VARIANTS = (
     {"num_key_heads": 1},
     {"closed_slots": "frozen", "recompute": True},
-    {"routing": "projected", "routing_dim": 3, "tie_embeddings": True},
+    {"routing": "qk", "tie_embeddings": True},
     {"tau_control": "learned", "conv_width": 0},
     {"conv_bias": True},
     {"conv_bias": True, "num_key_heads": 1},

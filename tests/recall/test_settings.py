@@ -15,7 +15,8 @@ def test_settings_of_the_command_line_win_over_the_study():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stepz=3"], "stepz"),
+        (["stepz=3"], "stepz is not a setting of a study; did you mean steps"),
+        (["memories.dla_content.routing=qk"], r"not in the study's file; write \+memories.dla_content.routing=VALUE"),
         (["study=none_such"], "none_such"),
         (["seeds=[]"], "seeds=.* at least one"),
         (["seeds=[1,1]"], "each once"),

@@ -189,13 +189,14 @@ def test_a_read_names_means_by_layer_and_every_head(tiny: MakeConfig) -> None:
     rate = float(sums["boundaries"][1].sum() / sums["decisions"][1].sum())
     assert numbers["memory/boundary_rate/layer_1"] == pytest.approx(rate)
     assert numbers["memory/tau"] == numbers["memory/tau/layer_0"] == pytest.approx(1.35)
+    assert numbers["memory/gain"] == pytest.approx(0.7) and numbers["memory/sharpness/layer_1"] == pytest.approx(8.0)
     assert 0 < numbers["memory/gate_distance"] <= 0.5 and 0 < numbers["memory/read_evenness"] <= 1
     assert [(head["layer"], head["head"]) for head in detail["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     last = detail["heads"][3]
     assert last["live_slots"] == pytest.approx(float(sums["slots"][1, 1] / sums["samples"][1, 1]), rel=1e-4)
     assert sum(last["read_share_by_age"]) == pytest.approx(1, abs=1e-3)
     assert last["score_histogram"] == sums["score_histogram"][1, 1].tolist()
-    assert last["tau"] == pytest.approx(1.35) and len(detail["age_bins_from_tokens"]) == AGE_BINS
+    assert (last["tau"], last["gain"]) == pytest.approx((1.35, 0.7)) and len(detail["age_bins_from_tokens"]) == AGE_BINS
 
 
 def test_a_policy_that_does_not_score_has_no_scores_taus_or_gates(tiny: MakeConfig) -> None:
@@ -206,6 +207,7 @@ def test_a_policy_that_does_not_score_has_no_scores_taus_or_gates(tiny: MakeConf
         numbers, detail = look.read()
         assert not [name for name in numbers if "score" in name or "tau" in name or "gate" in name]
         assert "tau" not in detail["heads"][0]
+        assert ("gain" in detail["heads"][0]) == ("memory/sharpness" in numbers) == (memory == "fixed")
         if memory == "single":
             assert numbers["memory/live_slots"] == 1 and numbers["memory/read_open_share"] == 1
 

@@ -29,12 +29,12 @@ MOVED = ("zero1", "zero1_tensor", "zero3_context")
 """Runs begun on two ranks that go on on one."""
 RICH = (
     "memory.tau_control=rate",
-    "memory.routing=projected",
     "memory.read=content",
+    "memory.gain_init=0",
     "optim.z_loss=1e-3",
     "train.validation_batches=2",
 )
-"""Options of these runs: a buffer that moves between steps, parameters in both decay groups."""
+"""Options of these runs: a buffer that moves between steps, parameters in all groups, gains that meet 0."""
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +95,15 @@ def test_a_run_stopped_and_resumed_in_a_new_process_equals_the_whole_run_bit_for
     assert whole.keys() == resumed.keys()
     different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     assert not different
+
+
+@pytest.mark.parametrize("engine", RESUMED)
+def test_gains_are_put_back_on_zero_by_every_engine(runs: Path, engine: str) -> None:
+    tensors = tensors_of(runs / f"{engine}_whole", 8)
+    gains = torch.cat(
+        [tensors[name] for name in tensors if name.startswith("model/") and name.endswith("routing.gain")]
+    )
+    assert (gains >= 0).all() and (gains == 0).any() and (gains > 0).any()
 
 
 @pytest.mark.parametrize("engine", WHOLE[1:])

@@ -14,7 +14,7 @@ LAYOUTS: dict[str, list[str]] = {
     "context": ["parallel.context=2"],
 }
 MODELS = {
-    "gated_deltanet": ["memory.tau_control=rate", "memory.routing=projected", "optim.z_loss=1e-3"],
+    "gated_deltanet": ["memory.tau_control=rate", "memory.routing=qk", "optim.z_loss=1e-3"],
     "mamba2": ["model.backbone=mamba2", "model.num_key_heads=1", "memory.closed_slots=frozen", "train.recompute=true"],
     "attention": ["model=transformer_tiny", "memory=none"],
 }

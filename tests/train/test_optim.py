@@ -49,6 +49,27 @@ def test_one_optimizer_step_is_adamw_by_hand() -> None:
     torch.testing.assert_close(layer.weight, torch.full((1, 2), 2.0 * (1 - 0.1 * 0.5) - 0.1))  # first step: sign of g
 
 
+def test_a_parameter_below_its_floor_is_put_back_on_it_and_may_rise_at_once() -> None:
+    class Gained(nn.Module):
+        non_negative = ("gain",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+
+    module = Gained()
+    optimizer = build_optimizer(module, OptimConfig(lr=0.1, weight_decay=0.5, beta1=0.0))
+    push = torch.tensor([1.0, -1.0])  # the first of each down, the second up
+    for _ in range(3):
+        module.gain.grad, module.other.grad = push.clone(), push.clone()
+        optimizer.step()
+    torch.testing.assert_close(module.gain.detach(), torch.tensor([0.0, 0.3]))
+    torch.testing.assert_close(module.other.detach(), torch.tensor([-0.3, 0.3]))
+    module.gain.grad = torch.tensor([-1.0, -1.0])
+    optimizer.step()
+    torch.testing.assert_close(module.gain.detach(), torch.tensor([0.1, 0.4]))
+
+
 @pytest.mark.parametrize(
     ("optim", "step", "expected"),
     [

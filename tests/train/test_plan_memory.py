@@ -39,7 +39,7 @@ CASES = {
     "gated dla": ("model=gated_deltanet_tiny", "memory=dla"),
     "gated frozen slots": ("model=gated_deltanet_tiny", "memory=dla_frozen", "data.context_tokens=100"),
     "gated fixed": ("model=gated_deltanet_tiny", "memory=fixed", "model.conv_width=2"),
-    "gated projected": ("model=gated_deltanet_tiny", "memory=dla_learned", "memory.routing=projected"),
+    "gated on q and k": ("model=gated_deltanet_tiny", "memory=dla_learned", "memory.routing=qk"),
     "gated slot weights": ("model=gated_deltanet_tiny", "memory=dla_slot", "memory.chunk_tokens=64"),
     "gated small": ("model=gated_deltanet_125m", "memory=single", *SMALL),
 }
@@ -110,7 +110,7 @@ def test_packed_rows_cost_attention_a_mask_a_layer() -> None:
     assert predicted(config, planned(config)).blocks < 0.98 * real.blocks
 
 
-@pytest.mark.parametrize("case", ["transformer", "gated projected", "mamba2 log-linear"])
+@pytest.mark.parametrize("case", ["transformer", "gated on q and k", "mamba2 log-linear"])
 def test_the_local_engine_keeps_the_states_that_the_plan_says(case: str) -> None:
     config = configured(*CASES[case])
     memory = planned(config).memory
@@ -139,7 +139,7 @@ def test_triton_operations_keep_what_the_plan_says(case: str, fused: bool, monke
     assert expected.head == pytest.approx(real.head, rel=KEPT)
 
 
-@pytest.mark.parametrize("case", ["transformer", "mamba2 dla", "gated projected"])
+@pytest.mark.parametrize("case", ["transformer", "mamba2 dla", "gated on q and k"])
 def test_the_decode_cache_is_as_large_as_the_plan_says(case: str) -> None:
     config = configured(*CASES[case])
     model = LanguageModel(config.model, config.memory, device=torch.device("meta"))
@@ -154,7 +154,7 @@ KINDS = (
     (*CASES["transformer"], "train.recompute=true"),
     (*CASES["mamba2 dla"], "model.num_key_heads=1"),
     (*CASES["mamba2 log-linear"], "train.dtype=bfloat16"),
-    (*CASES["gated projected"], "train.recompute=true", "train.dtype=bfloat16"),
+    (*CASES["gated on q and k"], "train.recompute=true", "train.dtype=bfloat16"),
     (*CASES["gated single"], "train.dtype=bfloat16"),
 )
 ON_TWO = [
