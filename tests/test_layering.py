@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
-    {"dla_kernels", "config"},
+    {"dla_kernels", "config", "intervals"},
     {"data_config", "evaluation_rules"},
     {"config_rules", "initial_model", "start_clock"},
     {"hydra_app"},

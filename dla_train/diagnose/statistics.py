@@ -7,13 +7,13 @@ document. Differences are taken before means, so what documents have in common c
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dla_train.intervals import t_quantile
 
 Losses = NDArray[np.floating]
 
@@ -74,26 +74,6 @@ def means(values: NDArray[np.float64], confidence: float) -> Means:
     half = quantiles * np.sqrt(spread / np.maximum(count - 1, 1) / some)
     mean = np.where(count > 0, mean, np.nan)
     return Means(mean, mean - half, mean + half, count)
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t for a probability of at least 0.5; exact for 1 and 2 degrees, else within 0.2%.
-
-    The expansion in 1/degrees around the normal quantile is Abramowitz and Stegun's 26.7.5.
-    """
-    if degrees == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if degrees == 2:
-        share = 2 * probability - 1
-        return share * math.sqrt(2 / (1 - share**2))
-    z = statistics.NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
 
 
 def curve_ranges(positions: int, per_doubling: int) -> list[tuple[int, int]]:

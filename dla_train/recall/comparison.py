@@ -12,29 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dla_train.diagnose.statistics import means
+from dla_train.intervals import Interval, interval
 from dla_train.recall.arms import ATTENTION, Arm
 from dla_train.recall.runs import StudyRuns
 from dla_train.recall.settings import StudyConfig
 from dla_train.recall.training import RunResult
-
-CONFIDENCE = 0.95
-"""Level of the intervals."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds."""
-
-    mean: float
-    low: float
-    """Lower end; nan with fewer than two seeds."""
-    high: float
-    seeds: int
-
-    def clear_of(self, other: Interval) -> bool:
-        """Whether the whole interval lies above the other one."""
-        return self.low > other.high
 
 
 @dataclass(frozen=True)
@@ -97,12 +79,6 @@ def baseline_of(study: StudyConfig, runs: StudyRuns, arm: Arm) -> Mapping[int, R
     if arm.name == ATTENTION or arm.memory == study.baseline:
         return None
     return runs.results.get(f"{arm.backbone}_{study.baseline}")
-
-
-def interval(values: list[float]) -> Interval:
-    """Mean of one number a seed, with its interval."""
-    found = means(np.array(values, dtype=np.float64)[:, None], CONFIDENCE)
-    return Interval(float(found.mean[0]), float(found.low[0]), float(found.high[0]), len(values))
 
 
 def _part(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dla_train.checkpoint.folders import write_atomically
-from dla_train.recall.comparison import CONFIDENCE, ArmNumbers, Interval, compare_arms
+from dla_train.intervals import CONFIDENCE, Interval
+from dla_train.recall.comparison import ArmNumbers, compare_arms
 from dla_train.recall.figures import plot_accuracy, plot_curves
 from dla_train.recall.runs import StudyRuns
 from dla_train.recall.settings import StudyConfig

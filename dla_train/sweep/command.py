@@ -5,7 +5,9 @@
   dla-sweep sweep=... launcher=slurm launcher.partition=gpu sweep.ranks=8 experiment=...   # a job each, all at once
   dla-sweep list sweep=learning_rate experiment=...               # check and show the points, start nothing
   dla-sweep resume FOLDER [sweep.parallel=2]                      # go on with the command that started it
-  dla-sweep report FOLDER                                         # write report.html and report.md (also while it runs)
+  dla-sweep report FOLDER                                         # write its report (also while it runs)
+  dla-sweep report FOLDER --to OTHER                              # as Markdown, pictures and report.json, to be kept;
+                                                                  # dla-sweep report OTHER makes it again of the last
 
 Words that begin with `sweep` are about the sweep (dla_train/sweep/definition.py), the others are settings of every run.
 Exit code 0: every point ended well; 1: some failed; 2: a mistake, nothing was started; 75: stopped, and can go on.
@@ -33,6 +35,7 @@ from dla_train.launch.slurm import SubmitError
 from dla_train.parallel.cores import available_cores
 from dla_train.resilience.exit_codes import STOPPED
 from dla_train.sweep.definition import SweepConfig, check_sweep, read_sweep, sweep_from_dict
+from dla_train.sweep.kept import is_kept, open_results
 from dla_train.sweep.launchers import Launcher, local_launcher
 from dla_train.sweep.outcomes import forget_outcome, read_outcome
 from dla_train.sweep.points import (
@@ -174,7 +177,16 @@ def _stored(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
 
 
 def _report(words: Sequence[str]) -> int:
-    print(write_report(read_results(_only_folder(words))))
+    named, to = list(words), None
+    if "--to" in named:
+        at = named.index("--to")
+        if len(named) == at + 1:
+            raise ConfigError("--to names no folder; write dla-sweep report FOLDER --to OTHER")
+        to = Path(named[at + 1])
+        del named[at : at + 2]
+    folder = _only_folder(named)
+    results = open_results(folder)
+    print(write_report(results, folder if to is None and is_kept(folder) else to))
     return 0
 
 

@@ -73,13 +73,15 @@ class Picture:
 Block = Heading | Paragraph | Code | Table | Picture
 
 
-def write_document(folder: Path, blocks: Sequence[Block]) -> Path:
-    """Write report.html, report.md and its pictures into `folder`; returns the HTML file."""
+def write_document(folder: Path, blocks: Sequence[Block], *, with_html: bool) -> Path:
+    """Write report.md with its pictures into `folder`, and report.html if asked; returns the page made last."""
     pictures = {block.name: _png(block.figure) for block in blocks if isinstance(block, Picture)}
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         (folder / PICTURES / f"{name}.png").write_bytes(content)
     write_atomically(folder / "report.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    if not with_html:
+        return folder / "report.md"
     body = "\n".join(_html(block, pictures) for block in blocks)
     title = next(block.text for block in blocks if isinstance(block, Heading))
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'

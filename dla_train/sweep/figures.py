@@ -1,7 +1,7 @@
-"""The pictures of a sweep's report: curves, heat map, parallel coordinates, merge statistics.
+"""The pictures of a sweep's report: curves, loss by position, heat map, parallel coordinates, merge statistics.
 
-Settings are told apart by colour and line style together, baselines are grey; only the best few are drawn as curves,
-because more than that cannot be told apart.
+Settings are told apart by colour and line style or marker together, baselines beside axes are grey; only the best few
+are drawn, because more than that cannot be told apart.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dla_train.sweep.definition import Axis, Range, Scalar, sweep_axes
+from dla_train.sweep.point_results import MERGE_STATISTICS
+from dla_train.sweep.positions import Span, compared, span_difference, span_words, spans_of
 from dla_train.sweep.results import Results, SettingResult
 
 CURVES = 5
 """Settings drawn as curves, beside the baselines."""
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+POSITION_LINES = 8
+"""Settings drawn by position, beside the reference."""
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#332288", "#7a5c00")
+"""Told apart by colour-blind readers too: those of Okabe and Ito, but for yellow (pale on white) and black (a grey)."""
 _STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MAP = "viridis"
-_STATISTICS = {"boundary_rate": "boundaries per token", "live_slots": "live slots", "tau": "tau"}
+_STATISTICS = dict(zip(MERGE_STATISTICS, ("boundaries per token", "live slots", "tau"), strict=True))
 
 
 def loss_curves(results: Results) -> Figure | None:
@@ -42,7 +48,7 @@ def loss_curves(results: Results) -> Figure | None:
         _finish(axes, "optimizer step", title)
     panels[0].set_ylabel(_words(results.sweep.objective))
     panels[1].set_ylabel("loss (nats per token)")
-    _legend(figure, shown)
+    _legend(figure, results, shown)
     return figure
 
 
@@ -51,14 +57,59 @@ def merge_statistics(results: Results) -> Figure | None:
     shown = [item for item in _shown(results) if any(item[0].curve(name) for name in _STATISTICS)]
     if not shown:
         return None
+    there = {name: title for name, title in _STATISTICS.items() if any(item[0].curve(name) for item in shown)}
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(1, 3), _STATISTICS.items(), strict=True):
+    for axes, (name, title) in zip(figure.subplots(1, len(there), squeeze=False)[0], there.items(), strict=True):
         for setting, colour, style in shown:
             curve = setting.curve(name)
             axes.plot(list(curve), list(curve.values()), style, color=colour, lw=1.3)
         _finish(axes, "optimizer step", title)
-    _legend(figure, shown)
+    _legend(figure, results, shown)
     return figure
+
+
+def loss_by_position(results: Results) -> Figure | None:
+    """Differences to the reference by position with their intervals, a line a setting; None where there are none."""
+    shown, reference = compared(results)[:POSITION_LINES], results.reference
+    if not shown or reference is None:
+        return None
+    spans = spans_of([*shown, reference])
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots()
+    apart = 0.72 / len(shown)
+    for number, setting in enumerate(shown):
+        shift = (number - (len(shown) - 1) / 2) * apart
+        _position_line(axes, setting, reference, spans, shift, (_COLOURS[number], _MARKERS[number]))
+    axes.axhline(0, color="0.35", lw=1)
+    for border in range(1, len(spans)):
+        axes.axvline(border - 0.5, color="0.85", lw=0.8)
+    axes.set_xticks(range(len(spans)), [span_words(span) for span in spans])
+    axes.set_xlim(-0.5, len(spans) - 0.5)
+    axes.set_xlabel("position in the document (tokens)")
+    axes.set_ylabel(f"nats per token more than {reference.name}")
+    axes.grid(axis="y", alpha=0.25)
+    figure.legend(loc="outside upper center", ncols=min(4, len(shown)), fontsize=9, frameon=False)
+    return figure
+
+
+def _position_line(
+    axes: Axes,
+    setting: SettingResult,
+    reference: SettingResult,
+    spans: Sequence[Span],
+    shift: float,
+    look: tuple[str, str],
+) -> None:
+    """Points beside each other within a span, joined by a thin line; bars are intervals, none with one seed."""
+    found = {place: span_difference(setting, reference, span) for place, span in enumerate(spans)}
+    there = {place + shift: spread for place, spread in found.items() if spread is not None}
+    means = [spread.mean for spread in there.values()]
+    reach = [spread.interval.high - spread.mean if spread.interval else 0.0 for spread in there.values()]
+    axes.plot(list(there), means, color=look[0], lw=1, alpha=0.45)
+    bars = reach if any(spread.interval for spread in there.values()) else None
+    axes.errorbar(
+        list(there), means, yerr=bars, fmt=look[1], color=look[0], ms=6, lw=1.5, capsize=3, label=setting.name
+    )
 
 
 def heat_map(results: Results) -> Figure | None:
@@ -110,9 +161,10 @@ def parallel_coordinates(results: Results) -> Figure | None:
 
 
 def _shown(results: Results) -> list[tuple[SettingResult, str, str]]:
-    """The best settings and the baselines, with colour and style."""
-    best = [(s, _COLOURS[n % 5], _STYLES[n % 4]) for n, s in enumerate(results.swept[:CURVES])]
-    greys = [item for item in results.ranked if item.baseline]
+    """The best settings and the baselines, with colour and style; baselines alone are in colour as settings are."""
+    main = results.swept[:CURVES] if results.swept else results.ranked[: len(_COLOURS)]
+    best = [(s, _COLOURS[n], _STYLES[n % 4]) for n, s in enumerate(main)]
+    greys = [item for item in results.ranked if item.baseline and item not in main]
     return best + [(s, str(0.15 + 0.5 * n / len(greys)), _STYLES[n % 4]) for n, s in enumerate(greys)]
 
 
@@ -122,10 +174,10 @@ def _finish(axes: Axes, xlabel: str, title: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def _legend(figure: Figure, shown: Sequence[tuple[SettingResult, str, str]]) -> None:
+def _legend(figure: Figure, results: Results, shown: Sequence[tuple[SettingResult, str, str]]) -> None:
     first = figure.axes[0]
     handles = [first.plot([], [], style, color=colour, lw=1.6)[0] for _, colour, style in shown]
-    names = [setting.name + (" (baseline)" if setting.baseline else "") for setting, _, _ in shown]
+    names = [results.label(setting) for setting, _, _ in shown]
     figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), fontsize=8, frameon=False)
 
 

@@ -63,7 +63,7 @@ class Point:
 
 def baseline_settings(sweep: SweepConfig) -> list[Setting]:
     """The points to compare with."""
-    return [Setting(_safe(name), {}, tuple(words), baseline=True) for name, words in sweep.baselines.items()]
+    return [Setting(safe_name(name), {}, tuple(words), baseline=True) for name, words in sweep.baselines.items()]
 
 
 def swept_settings(sweep: SweepConfig) -> list[Setting]:
@@ -81,7 +81,9 @@ def setting_of(sweep: SweepConfig, values: Values, trial: int | None = None) -> 
     name = "-".join(f"{key}_{written(value)}" for key, value in zip(short, values.values(), strict=True))
     if trial is not None:
         name = f"trial_{trial:03d}-{name}"
-    return Setting(_safe(name), values, tuple(f"{key}={written(value)}" for key, value in values.items()), trial=trial)
+    return Setting(
+        safe_name(name), values, tuple(f"{key}={written(value)}" for key, value in values.items()), trial=trial
+    )
 
 
 def points_of(sweep: SweepConfig, overrides: Sequence[str], settings: Sequence[Setting]) -> list[Point]:
@@ -124,6 +126,11 @@ def write_point(folder: Path, point: Point, config: Config) -> None:
     if not (run_dir / POINT_FILE).is_file():
         write_atomically(run_dir / "config.yaml", config_to_yaml(config))
         write_atomically(run_dir / POINT_FILE, json.dumps(asdict(point), indent=1))
+
+
+def point_from_dict(values: dict[str, Any]) -> Point:
+    """A point of its plain values, as JSON holds them. Raises KeyError or TypeError."""
+    return Point(**{**values, "overrides": tuple(values["overrides"])})
 
 
 def read_points(folder: Path) -> list[Point]:
@@ -174,6 +181,11 @@ def written(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def safe_name(name: str) -> str:
+    """A name as a folder has it."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
 def _point_config(sweep: SweepConfig, point: Point, composed: dict[tuple[str, ...], Config]) -> Config:
     """The checked configuration of a point; `composed` keeps those of other seeds, as composing takes 0.15 s."""
     shared = tuple(word for word in point.overrides if override_key(word) not in ("name", "seed"))
@@ -190,7 +202,7 @@ def _point_config(sweep: SweepConfig, point: Point, composed: dict[tuple[str, ..
 
 
 def _run_name(sweep: SweepConfig, point_name: str) -> str:
-    return f"{_safe(sweep.name)}-{point_name}"
+    return f"{safe_name(sweep.name)}-{point_name}"
 
 
 def _point(sweep: SweepConfig, overrides: Sequence[str], setting: Setting, seed: int) -> Point:
@@ -204,15 +216,9 @@ def _point(sweep: SweepConfig, overrides: Sequence[str], setting: Setting, seed:
 
 def _read_point(path: Path) -> Point:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values["overrides"] = tuple(values["overrides"])
-        return Point(**values)
+        return point_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete its folder, and the sweep runs it anew") from error
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _for_shell(word: str) -> str:

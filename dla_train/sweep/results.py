@@ -7,19 +7,16 @@ mean over some of the seeds would compare different things.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import ConfigError
-from dla_train.metrics import read_lines
+from dla_train.intervals import Interval, interval
 from dla_train.sweep.definition import SweepConfig, sweep_from_dict
-from dla_train.sweep.outcomes import Outcome, read_outcome
-from dla_train.sweep.points import Point, read_points
+from dla_train.sweep.point_results import PointResult, model_size, read_point_result
+from dla_train.sweep.points import read_points, safe_name
 from dla_train.sweep.sampling import Values
 
 SWEEP_FILE = "sweep.json"
@@ -33,6 +30,8 @@ class Spread:
     deviation: float | None
     """Standard deviation of a sample; None of one value."""
     count: int
+    interval: Interval | None
+    """Student's t, at intervals.CONFIDENCE; None of one value."""
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
@@ -40,21 +39,9 @@ class Spread:
         found = list(values)
         if not found:
             return None
-        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
-
-
-@dataclass(frozen=True)
-class PointResult:
-    """A point with what its run left."""
-
-    point: Point
-    outcome: Outcome | None
-    lines: list[dict[str, Any]]
-    """Its metrics."""
-
-    def last(self, name: str) -> float | None:
-        """The last of a number in its metrics."""
-        return next((float(line[name]) for line in reversed(self.lines) if name in line), None)
+        if len(found) == 1:
+            return cls(found[0], None, 1, None)
+        return cls(statistics.fmean(found), statistics.stdev(found), len(found), interval(found))
 
 
 @dataclass(frozen=True)
@@ -92,18 +79,21 @@ class SettingResult:
         """Mean objective of a complete setting."""
         return statistics.fmean(self.scores.values())
 
+    def by_seed(self, name: str) -> dict[int, float]:
+        """A number of the finished runs that have it, by seed."""
+        finished = {seed: self.points[seed].numbers for seed in self.scores}
+        return {seed: numbers[name] for seed, numbers in finished.items() if name in numbers}
+
     def number(self, name: str) -> Spread | None:
-        """A number of the metrics' last lines, over the seeds; None where no run has it."""
-        found = [result.last(name) for result in self.points.values()]
-        return Spread.of(value for value in found if value is not None and math.isfinite(value))
+        """The same over the seeds; None where no finished run has it."""
+        return Spread.of(self.by_seed(name).values())
 
     def curve(self, name: str) -> dict[int, float]:
         """A number by step, the mean over the seeds that have one there."""
         by_step: dict[int, list[float]] = {}
         for result in self.points.values():
-            for line in result.lines:
-                if name in line:
-                    by_step.setdefault(int(line["step"]), []).append(float(line[name]))
+            for step, value in result.curves.get(name, {}).items():
+                by_step.setdefault(step, []).append(value)
         return {step: statistics.fmean(values) for step, values in sorted(by_step.items())}
 
 
@@ -112,6 +102,7 @@ class Results:
     """A sweep's folder."""
 
     folder: Path
+    """Where its runs are, or were when a report was kept."""
     sweep: SweepConfig
     overrides: list[str]
     settings: list[SettingResult]
@@ -129,8 +120,12 @@ class Results:
     @property
     def reference(self) -> SettingResult | None:
         """The baseline that differences are taken to: the first of the sweep."""
-        first = next(iter(self.sweep.baselines), None)
+        first = safe_name(next(iter(self.sweep.baselines), ""))
         return next((item for item in self.settings if item.baseline and item.name == first), None)
+
+    def label(self, setting: SettingResult) -> str:
+        """A setting's name, marked as a baseline where there are axes beside it."""
+        return setting.name + (" (baseline)" if setting.baseline and self.sweep.axes else "")
 
     @property
     def points(self) -> list[PointResult]:
@@ -138,10 +133,9 @@ class Results:
         return [result for setting in self.settings for result in setting.points.values()]
 
 
-def paired_difference(setting: SettingResult, reference: SettingResult) -> Spread | None:
-    """Setting minus reference, seed by seed: what initialisation and data order do to both falls out."""
-    theirs = reference.scores
-    return Spread.of(value - theirs[seed] for seed, value in setting.scores.items() if seed in theirs)
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Spread | None:
+    """Ours minus theirs, seed by seed: what initialisation and data order do to both falls out."""
+    return Spread.of(value - theirs[seed] for seed, value in ours.items() if seed in theirs)
 
 
 def read_results(folder: Path) -> Results:
@@ -154,13 +148,22 @@ def read_results(folder: Path) -> Results:
         sweep, overrides = sweep_from_dict(stored["sweep"]), [str(word) for word in stored["overrides"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); start the sweep again, which writes it anew") from error
-    by_setting: dict[str, dict[int, PointResult]] = {}
+    sizes: dict[str, dict[str, float]] = {}  # by setting: seeds do not differ in it, and it takes a while
+    results = []
     for point in read_points(folder):
         run_dir = point.folder(folder)
-        result = PointResult(point, read_outcome(run_dir), read_lines(run_dir / METRICS_FILE))
-        by_setting.setdefault(point.setting, {})[point.seed] = result
-    settings = [_setting(name, points, sweep) for name, points in by_setting.items()]
-    return Results(folder, sweep, overrides, settings)
+        if point.setting not in sizes:
+            sizes[point.setting] = model_size(run_dir)
+        results.append(read_point_result(point, run_dir, sizes[point.setting]))
+    return Results(folder, sweep, overrides, settings_of(results, sweep))
+
+
+def settings_of(results: Iterable[PointResult], sweep: SweepConfig) -> list[SettingResult]:
+    """Points put together by setting."""
+    by_setting: dict[str, dict[int, PointResult]] = {}
+    for result in results:
+        by_setting.setdefault(result.point.setting, {})[result.point.seed] = result
+    return [_setting(name, points, sweep) for name, points in by_setting.items()]
 
 
 def _setting(name: str, points: Mapping[int, PointResult], sweep: SweepConfig) -> SettingResult:

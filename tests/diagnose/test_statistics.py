@@ -12,24 +12,9 @@ from dla_train.diagnose.statistics import (
     document_means,
     means,
     position_sums,
-    t_quantile,
 )
 
 NAN = math.nan
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"),
-    [(1, 12.706), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (29, 2.0452), (255, 1.9693), (10**6, 1.95996)],
-)
-def test_quantiles_are_those_of_the_tables(degrees, expected):
-    assert t_quantile(0.975, degrees) == pytest.approx(expected, rel=2e-3)
-    assert t_quantile(0.5, degrees) == pytest.approx(0, abs=1e-12)
-
-
-def test_quantiles_of_99_per_cent_too():
-    assert t_quantile(0.995, 9) == pytest.approx(3.2498, rel=2e-3)
-    assert t_quantile(0.995, 2) == pytest.approx(9.9248, rel=1e-4)
 
 
 def test_sums_by_position_are_in_float64_over_the_documents_that_have_a_target_there():

@@ -14,7 +14,7 @@ import pytest
 
 from dla_train.config import ConfigError
 from dla_train.recall.command import render
-from dla_train.recall.comparison import compare_arms, interval
+from dla_train.recall.comparison import compare_arms
 from dla_train.recall.report import tables, write_page
 from dla_train.recall.results import read_results, write_results
 from dla_train.recall.runs import StudyRuns, run_study
@@ -195,11 +195,6 @@ def test_arms_are_not_compared_with_a_void_baseline_or_one_that_failed_altogethe
     del changed.results["gated_deltanet_single"]  # as in a file that was read back
     changed = dataclasses.replace(changed, arms=changed.arms[1:])
     assert compare_arms(study, changed)[-1].parts["many"].accuracy.mean == pytest.approx(0.6)
-
-
-def test_an_interval_is_students(tiny):
-    found = interval([1.0, 2.0, 3.0])
-    assert found.mean == 2 and found.high - 2 == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
 
 
 def test_the_page_and_the_pictures_can_be_made_of_the_json_alone(ended, tmp_path):

@@ -134,8 +134,8 @@ def leave(job: FakeJob, kind: str, number: float) -> None:
         raise ValueError(kind)
 
 
-def write_metrics(run_dir: Path, validations: dict[int, float]) -> None:
-    """A metrics.jsonl with training numbers every step, and these validation losses."""
+def write_metrics(run_dir: Path, validations: dict[int, float], spans: dict[str, float] | None = None) -> None:
+    """A metrics.jsonl with training numbers every step, and these validation losses; by position only of the last."""
     lines = [
         {"step": step, "loss": 5.0 - step / 8, "boundary_rate": 0.25, "live_slots": 3.0, "tau": 0.6}
         | {"tokens_per_second": 1000.0}
@@ -145,5 +145,6 @@ def write_metrics(run_dir: Path, validations: dict[int, float]) -> None:
         {"step": step, "validation_loss": value, "validation_bits_per_byte": value / 2}
         for step, value in validations.items()
     ]
+    lines[-1] |= {f"validation_loss_{span}": value for span, value in (spans or {}).items()}
     text = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
     (run_dir / "metrics.jsonl").write_text(text)

@@ -70,7 +70,7 @@ def test_settings_are_ranked_by_the_mean_over_seeds_and_incomplete_ones_are_not(
 def test_a_paired_difference_is_free_of_what_seeds_do_to_both(results: Results) -> None:
     reference = results.reference
     assert reference is not None and reference.name == "single"
-    found = paired_difference(results.ranked[0], reference)
+    found = paired_difference(results.ranked[0].scores, reference.scores)
     assert found is not None and found.mean == pytest.approx(0.004 - 0.3)
     assert found.deviation == pytest.approx(0.0, abs=1e-12) and found.count == 2
 
@@ -80,7 +80,7 @@ def test_the_report_holds_every_part_in_both_forms(results: Results) -> None:
     text, markup = (results.folder / "report.md").read_text(), page.read_text()
     ranks = TABLE_ROW.findall(text)
     assert [int(rank) for rank, _ in ranks] == list(range(1, 9)) and ranks[0][1] == "tau_0.7-capacity_4"
-    assert "| -0.2960 ± 0.0000 | 2 of 2 |" in text and "2.2540 ± 0.3536" in text
+    assert "| -0.2960 ± 0.0000 | -0.2960 to -0.2960 | 2 of 2 |" in text and "2.2540 ± 0.3536" in text
     for part in ("Failed points", "Pruned points", "Not finished yet", "Every point", "Merge statistics", "Two axes"):
         assert f"## {part}" in text and f"<h2>{part}</h2>" in markup
     assert "loss is nan \\| at <step> 5" in text and "loss is nan | at &lt;step&gt; 5" in markup

@@ -79,6 +79,8 @@ def test_a_killed_sweep_goes_on_with_runs_that_it_left_at_work_and_runs_each_poi
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     assert "Failed points" in page and "Failed points" in text and "nowhere" in text
     assert "dla-train model.name=tiny" in text and "difference to single" in text
+    kept = {item["point"]["name"]: item for item in json.loads((folder / "report.json").read_text())["points"]}
+    assert kept["broken-seed_0"]["versions"] == {} and "torch" in kept["single-seed_0"]["versions"]
     assert run(words) == 1 and "starts" not in capfd.readouterr().out, "again: nothing is left to do"
     assert dla_runs([str(folder), "--json"]) == 0
     states = {Path(item["folder"]).name: item["state"] for item in json.loads(capfd.readouterr().out)}
