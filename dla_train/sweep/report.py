@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dla_train.runs import read_run
 from dla_train.sweep import figures
 from dla_train.sweep.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
 from dla_train.sweep.points import command_line, written
@@ -153,8 +154,9 @@ def _unfinished(results: Results) -> list[Block]:
     found = [result for result in results.points if result.outcome is None]
     if not found:
         return []
-    rows = [[result.point.name, _steps(result)] for result in found]
-    return [Heading("Not finished yet"), Table(["point", "steps"], rows, left=["point"])]
+    states = [read_run(result.point.folder(results.folder)).state for result in found]
+    rows = [[result.point.name, state, _steps(result)] for result, state in zip(found, states, strict=True)]
+    return [Heading("Not finished yet"), Table(["point", "state", "steps"], rows, left=["point", "state"])]
 
 
 def _all_points(results: Results) -> Table:

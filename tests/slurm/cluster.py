@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.processes import free_port
+from tests.faults.processes import free_port, state_of
+from tests.slurm.packages import path
 
-COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 LOOK_SECONDS = 0.2
 # cred_expire is also how long a job that is queued again waits for its new start, by default two minutes
 CONFIGURATION = """ClusterName=test
@@ -53,14 +53,6 @@ PartitionName=urgent Nodes={host} MaxTime=INFINITE OverSubscribe=EXCLUSIVE Prior
 """
 
 
-def missing() -> str:
-    """What this machine lacks, "" for nothing."""
-    absent = [command for command in COMMANDS if shutil.which(command, path=_path()) is None]
-    if absent:
-        return f"needs {', '.join(absent)} (apt install slurm-wlm munge)"
-    return "" if os.geteuid() == 0 else "needs root, to start munge's and SLURM's daemons"
-
-
 @dataclass
 class Cluster:
     """The running daemons."""
@@ -74,7 +66,7 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Of commands that talk to the cluster."""
-        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path()}
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -130,7 +122,7 @@ def stop(cluster: Cluster) -> None:
         if file.exists():
             pid = int(file.read_text())
             os.kill(pid, signal.SIGTERM)
-            _wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), cluster.folder / f"{name}.log")
+            _wait_until(lambda pid=pid: state_of(pid) == "Z", cluster.folder / f"{name}.log")
 
 
 def _wait_until(holds: Callable[[], bool], log: Path, seconds: float = 60) -> None:
@@ -150,8 +142,4 @@ def _start_munge() -> None:
     shutil.chown("/etc/munge/munge.key", "munge", "munge")
     os.chmod("/run/munge", 0o755)
     command = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged"]
-    subprocess.run(command, check=True, env={**os.environ, "PATH": _path()})
-
-
-def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path()})

@@ -88,7 +88,7 @@ def test_a_job_that_another_preempts_saves_and_goes_on_when_that_has_ended(
     # within GraceTime SLURM sends SIGTERM to the step, past the batch shell
     assert "SIGTERM: the run stops and is saved" in log and "stopped; queued again" in log
     assert "continues after step" in log
-    assert [step for (step,) in numbers_of(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert [step for step, _ in numbers_of(tmp_path / "run", "loss")] == list(range(1, STEPS + 1))
 
 
 def test_a_job_that_fails_is_reported_as_failed_and_not_queued_again(
