@@ -93,8 +93,6 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
     launcher = _launcher(sweep, configs)
     folder = Path(sweep.folder)
     with _held(folder):
-        if not sweep.launcher:
-            refuse_queued(folder, points)
         study = _take_up(sweep, overrides, points)
         began = time.monotonic()
         places, sweep_run = launcher.free(), SweepRun(sweep, overrides, launcher, study)
@@ -177,9 +175,11 @@ def _take_up(sweep: SweepConfig, overrides: Sequence[str], points: Sequence[Poin
     """Make the folder this sweep's, and settle what ended there unseen. Returns its search; raises ConfigError."""
     folder = Path(sweep.folder)
     check_folder(folder, points, grows=lambda point: sweep.sampler == "tpe" and point.trial is not None)
+    settle(folder, sweep)
+    if not sweep.launcher:
+        refuse_queued(folder, points)
     study = Study(sweep) if sweep.sampler == "tpe" else None
     write_atomically(folder / SWEEP_FILE, json.dumps({"sweep": asdict(sweep), "overrides": overrides}, indent=1))
-    settle(folder, sweep)
     if sweep.retry_failed:
         _forget_failures(folder, points)
     return study

@@ -13,7 +13,7 @@ from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import RunLock, process_record
 from dla_train.config import ConfigError
 from dla_train.sweep import command, slurm_array
-from dla_train.sweep.outcomes import Outcome, read_outcome, write_outcome
+from dla_train.sweep.outcomes import Outcome, read_outcome
 from dla_train.sweep.slurm_launcher import SlurmJob, SlurmLauncher, job_of
 from tests.sweep.conftest import FakeJob, leave
 
@@ -289,10 +289,11 @@ def test_a_sweep_on_this_machine_is_refused_while_tasks_are_queued(
 ) -> None:
     submit()
     books.end("101_0", "101_2")
-    for name in (POINTS[0], POINTS[2]):
-        write_outcome(folder_of(tmp_path, name), Outcome("finished", 8, 1.0))
+    ends(tmp_path, POINTS[0], "finishes", 2.5)
+    stored = (tmp_path / "sweep/sweep.json").read_text()
     with pytest.raises(ConfigError, match=r"tau_0.5-seed_0 is job 101_1 .*dla-sweep resume .*scancel 101_1"):
         command.start(*sweep())
+    assert (tmp_path / "sweep/sweep.json").read_text() == stored, "it is still known how to go on"
 
 
 def test_a_watching_sweep_takes_over_queued_tasks(submit: Callable[..., str], books: Books, tmp_path: Path) -> None:
