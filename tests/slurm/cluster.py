@@ -116,7 +116,7 @@ def start(folder: Path) -> Cluster:
 def stop(cluster: Cluster) -> None:
     """End jobs that a failed test left, and SLURM's daemons; munge's is left to the machine."""
     cluster.run("scancel", "--me")
-    cluster.wait_until_empty(60)
+    cluster.wait_until_empty(300)
     for name in ("slurmd", "slurmctld"):
         file = cluster.folder / f"{name}.pid"
         if file.exists():

@@ -25,7 +25,7 @@ def test_points_are_jobs_of_submitit_that_finish_on_two_ranks_or_fail(
         f"run_dir={tmp_path}/points",
     ]
     words = ["-m", "dla_train.train", "--multirun", *runs, *corpus, *place, *swept]
-    done = run_python(words, timeout=200, cwd=tmp_path)
+    done = run_python(words, timeout=600, cwd=tmp_path)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "points/data.train=[nowhere] ended with exit code 1" in done.stderr.splitlines()[-1]
     (finished,) = (path for path in (tmp_path / "points").iterdir() if (read_status(path) or {}).get("state"))
