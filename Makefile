@@ -44,11 +44,13 @@ test-multigpu: $(STAMP)  ## Compare training on all CUDA devices with one
 test-faults: $(STAMP)  ## Kill, stop, damage and hang small runs (half an hour)
 	$(TEST_ENVIRONMENT) $(BIN)/python -m tests.faults.suite --output docs/results --rounds 4
 
-test-slurm: $(STAMP)  ## dla-launch and dla-sweep on a SLURM of this machine (root)
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m slurm
+test-slurm: $(STAMP)  ## Runs and sweeps on a SLURM of this machine (root; installs it)
+	@$(BIN)/python -m tests.slurm.packages
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m slurm tests/slurm
 
 test-hosts: $(STAMP)  ## Two hosts of this machine that lose each other (root)
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m hosts
+	@$(BIN)/python -m tests.launch.hosts
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m hosts tests/launch
 
 check: $(STAMP)  ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ from dla_train.config import (
 )
 from dla_train.config_rules import validate
 from dla_train.initial_model import initial_setting
+from dla_train.run_process import PointError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -48,6 +49,8 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 MISTAKE = 2
 """Exit code after a mistake in the configuration, the data or the run directory."""
+FAILED = 1
+"""Exit code after a multirun with points that failed."""
 
 GROUPS: dict[str, type] = {
     "model": ModelConfig,
@@ -174,18 +177,24 @@ def defaults_of(schema: type[DataclassInstance]) -> str:
     return "\n".join(lines)
 
 
-def run_application(job: Callable[[Config], Any], user_errors: tuple[type[Exception], ...]) -> int:
+def run_application(
+    job: Callable[[Config], Any], user_errors: tuple[type[Exception], ...], point: Callable[[DictConfig], None]
+) -> int:
     """Compose the command line, check it, run `job` on it. Returns the exit code: 2 after a user's mistake.
 
     `user_errors` are the errors of `job` that are shown as one paragraph without a traceback. Under torchrun every rank
-    makes the same configuration, so rank 0 alone reports a mistake in it. An error may name its own `exit_code`.
+    makes the same configuration, so rank 0 alone reports a mistake in it. An error may name its own `exit_code`. In a
+    multirun Hydra calls `point` instead, wherever its launcher says, on every point; 1 if one raises PointError.
     """
     register_schema()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach this function instead of Hydra's own printer
 
     def application(composed: DictConfig) -> None:
+        register_schema()  # Hydra's launchers may call this in other processes
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return point(composed)
         try:
-            job(checked_config(composed))
+            job(checked_config(composed, int(os.environ.get("WORLD_SIZE", "1"))))
         except user_errors as error:
             _report(str(error), every_rank=True)
             raise SystemExit(getattr(error, "exit_code", MISTAKE)) from error
@@ -195,24 +204,24 @@ def run_application(job: Callable[[Config], Any], user_errors: tuple[type[Except
         hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(application)()
     except ConfigError as error:
         return _report(str(error))
+    except PointError as error:
+        _report(f"{error}, and so may others; the same command goes on with what has not finished")
+        return FAILED
     except (HydraException, OmegaConfBaseException) as error:
         return _report(explain(error))
     return 0
 
 
-def checked_config(composed: DictConfig) -> Config:
-    """The validated configuration of a job; in a multirun each point gets a run_dir named by its overrides."""
+def checked_config(composed: DictConfig, world_size: int) -> Config:
+    """The validated configuration of a job for so many ranks. Raises ConfigError."""
     config = to_config(composed)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        swept = HydraConfig.get().job.override_dirname
-        config.run_dir = str(Path(config.run_dir) / (swept.replace("/", "_") or "default"))
-    validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    validate(config, world_size)
     return config
 
 
 def _refuse_multirun_under_torchrun() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
-        raise ConfigError("--multirun runs its jobs in one process, not under torchrun; start one torchrun per job")
+        raise ConfigError("--multirun starts processes, and is no rank of torchrun; RANKS=n dla-train --multirun ...")
 
 
 def _report(message: str, every_rank: bool = False) -> int:
@@ -268,6 +277,9 @@ def explain(error: Exception, unknown: Callable[[str], str] = unknown_setting) -
 
 def _unknown_option(wanted: str, options: list[str]) -> str:
     group, _, option = wanted.rpartition("/")
+    plugin = option.partition("_")[0]
+    if group == "hydra/launcher" and plugin in ("joblib", "submitit"):
+        return f"hydra/launcher={option} needs the package hydra-{plugin}-launcher; pip install 'dla-train[sweep]'"
     legal = [name for name in options if not name.startswith("base_")]
     near = difflib.get_close_matches(option, legal, n=1, cutoff=0.5)
     meant = f"did you mean {group}={near[0]}? " if near else ""

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ from dla_train.loop import Evaluation, Loop, LoopResult
 from dla_train.models.build import meta_model
 from dla_train.models.cost import memory_capacity, merge_cache_bytes
 from dla_train.models.language_model import LanguageModel
+from dla_train.multirun import fixed_keys, run_point
 from dla_train.parallel.mesh import Mesh
 from dla_train.resilience.exit_codes import DIVERGED, FINISHED, STOPPED, write_status
 from dla_train.resilience.guard import Guard, Judgement
@@ -83,7 +85,7 @@ def main() -> None:
         codes.append(STOPPED if train(config, clock).stopped_by else FINISHED)
 
     errors = (ConfigError, DataError, CheckpointError, RunDirectoryError, JournalError, EvaluateError, TrainingDiverged)
-    sys.exit(run_application(job, errors) or max(codes))
+    sys.exit(run_application(job, errors, partial(run_point, fixed=fixed_keys(sys.argv[1:]))) or max(codes))
 
 
 def configure_logging() -> None:

@@ -388,11 +388,13 @@ def test_configurations_are_found_in_an_installed_package_and_in_a_source_tree(
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[Config]]:
     started: list[Config] = []
+    points: list[object] = []
     monkeypatch.setattr(sys, "argv", ["dla-train", *arguments])
     try:
-        code = run_application(started.append, (ValueError,))
+        code = run_application(started.append, (ValueError,), points.append)
     except SystemExit as stop:
         code = int(stop.code or 0)
+    assert not points, "this is no multirun"
     return code, started
 
 
@@ -447,7 +449,7 @@ def test_an_error_of_the_job_is_one_paragraph_too(
 
     monkeypatch.setattr(sys, "argv", ["dla-train", *BASE])
     with pytest.raises(SystemExit) as stop:
-        run_application(job, (FileNotFoundError,))
+        run_application(job, (FileNotFoundError,), job)
     assert stop.value.code == 2
     assert capfd.readouterr().err == "dla-train: error: no such corpus\n"
 
@@ -467,22 +469,6 @@ def test_a_legal_command_line_runs_the_job_and_leaves_no_hydra_files(
     code, started = run(monkeypatch, *BASE, "optim.lr=0.5")
     assert code == 0 and [config.optim.lr for config in started] == [0.5]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_multirun_gives_every_point_its_own_run_dir(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, started = run(
-        monkeypatch, "-m", "experiment=ladder_125m_mamba2_dla", "run_dir=sweep", "optim.lr=0.1,0.2", "memory=dla,single"
-    )
-    assert code == 0
-    assert sorted(config.run_dir for config in started) == [
-        "sweep/memory=dla+optim.lr=0.1",
-        "sweep/memory=dla+optim.lr=0.2",
-        "sweep/memory=single+optim.lr=0.1",
-        "sweep/memory=single+optim.lr=0.2",
-    ]
 
 
 def test_a_multirun_under_torchrun_is_refused(

@@ -13,6 +13,10 @@ from dla_train.launch.settings import LauncherConfig
 from dla_train.parallel.cores import VARIABLE as BIND
 from dla_train.parallel.cores import available_cores
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torchrun opens a store for every start of the ranks: in one that it keeps, machines that disagree on how often they
+have restarted (one's rank died, the other was told) do not find each other, or find addresses of before."""
+
 
 def defaults(launcher: LauncherConfig) -> dict[str, str]:
     """Variables for which the environment of the launch wins; "" in the configuration leaves one out."""
@@ -22,7 +26,7 @@ def defaults(launcher: LauncherConfig) -> dict[str, str]:
 def fixed(launcher: LauncherConfig) -> dict[str, str]:
     """Variables that settings of their own give."""
     interface = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), launcher.interface)
-    shutdown = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), BIND: launcher.bind}
+    shutdown = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(launcher.save_seconds), BIND: launcher.bind, OWN_STORE: "1"}
     threads = {"OMP_NUM_THREADS": str(launcher.threads_per_rank)} if launcher.threads_per_rank else {}
     return shutdown | threads | (interface if launcher.interface else {})
 

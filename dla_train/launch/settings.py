@@ -34,6 +34,7 @@ OWNED = {
     "NCCL_SOCKET_IFNAME": "use launcher.interface",
     "GLOO_SOCKET_IFNAME": "use launcher.interface",
     BIND: "use launcher.bind",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "dla-launch sets it: leave it out",
     **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "torchrun sets it: leave it out"),
     **dict.fromkeys(("MASTER_ADDR", "MASTER_PORT"), "torchrun sets it: use launcher.endpoint or launcher.port"),
 }

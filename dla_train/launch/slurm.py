@@ -2,7 +2,7 @@
 
 Before the time limit SLURM sends SIGUSR1 to the batch shell, on preemption SIGTERM; both are passed on to srun, which
 sends them to every process. The run then saves and says `stopped` in status.json, and the script queues itself again,
-up to a limit. A run that ends in any other way ends the job, with torchrun's exit code.
+up to a limit, unless the job was cancelled. A run that ends in any other way ends the job, with torchrun's exit code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ set -uo pipefail
 {environment}
 export DLA_STARTED="srun and torchrun=$(date +%s.%N)"
 status={status}
-echo "$(date +%FT%T) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
+# a task of an array is told its name: its number alone may be the whole array's
+job=${{1:-$SLURM_JOB_ID}}
+echo "$(date +%FT%T) job $job, start ${{SLURM_RESTART_COUNT:-0}}, on $SLURM_JOB_NODELIST"
 rm -f "$status" {stay}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port={port}
@@ -57,13 +59,19 @@ state=$(grep -o '"state": "[a-z]*"' "$status" 2> /dev/null | cut -d '"' -f 4)
 [ "$state" = finished ] && exit 0
 # one that comes before the first step finds nothing to save
 if [ "$state" = stopped ] || {{ [ -n "$asked" ] && [ "$state" != diverged ]; }}; then
+    # SLURM itself ends a job that was cancelled, or preempted for longer than it takes to save: `requeue` would bring
+    # back the first, and the second comes back without it. After the warning the time limit may be what ended it
+    if [ "$asked" != USR1 ] && [[ $(scontrol show job "$job") == *JobState=COMPLETING* ]]; then
+        echo "$(date +%FT%T) ${{state:-not begun}}; it stays so, unless SLURM queues it again"
+        exit 75
+    fi
     if [ -e {stay} ]; then
         echo "$(date +%FT%T) ${{state:-not begun}}; it stays so"
         exit 75
     fi
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
         echo "$(date +%FT%T) ${{state:-not begun}}; queued again"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        scontrol requeue "$job" && sleep 60
     fi
     echo "launcher.requeues={requeues} is used up; submit again to go on" >&2
     exit 75
@@ -106,7 +114,7 @@ def job_script(
     """
     state = run_dir.resolve() if launcher.program == "train" else output.parent  # a run's own state is left alone
     return SCRIPT.format(
-        directives="\n".join(f"#SBATCH {line}" for line in _directives(launcher, name, output)),
+        directives="\n".join(f"#SBATCH {line}" for line in directives(launcher, name, output)),
         setup=launcher.setup.strip() or "# launcher.setup adds lines here",
         environment=exports(launcher),
         cores=_node_cores(launcher),
@@ -130,7 +138,8 @@ def _node_cores(launcher: LauncherConfig) -> int:
     return launcher.cpus_per_rank * launcher.ranks_per_node
 
 
-def _directives(launcher: LauncherConfig, name: str, output: Path) -> list[str]:
+def directives(launcher: LauncherConfig, name: str, output: Path) -> list[str]:
+    """Options of sbatch for a run of this name, whose log is `output`."""
     lines = [
         f"--job-name={name}",
         f"--nodes={launcher.nodes}",

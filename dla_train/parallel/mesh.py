@@ -189,12 +189,21 @@ def _group_backend(wanted: str, device: torch.device) -> str:
 def _start_group(backend: str, timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        # torchrun keeps its store when it starts dead ranks again, with the addresses of the earlier ones in it
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        attempt = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store_of_this_start(store), rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def store_of_this_start(store: dist.Store) -> dist.Store:
+    """The store without the addresses of ranks that have ended.
+
+    torchrun keeps its store when it starts ranks again. Its counts of restarts are each machine's own, so they tell
+    starts apart on one machine only; on several, dla-launch makes torchrun open a store for each start.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _end_group() -> None:

@@ -2,7 +2,8 @@
 
   dla-sweep sweep=tau_capacity experiment=quickstart              # start it; the same command again goes on
   dla-sweep sweep=my.yaml sweep.seeds=[0,1,2] sweep.parallel=4 experiment=... train.steps=500
-  dla-sweep sweep=... launcher=slurm launcher.partition=gpu sweep.ranks=8 experiment=...   # a job each, all at once
+  dla-sweep sweep=... launcher=slurm launcher.partition=gpu sweep.ranks=8 experiment=...   # a job each, watched
+  dla-sweep submit sweep=... launcher=slurm ...                   # all as one job array, and end; again: what is left
   dla-sweep list sweep=learning_rate experiment=...               # check and show the points, start nothing
   dla-sweep resume FOLDER [sweep.parallel=2]                      # go on with the command that started it
   dla-sweep report FOLDER                                         # write its report (also while it runs)
@@ -10,7 +11,8 @@
                                                                   # dla-sweep report OTHER makes it again of the last
 
 Words that begin with `sweep` are about the sweep (dla_train/sweep/definition.py), the others are settings of every run.
-Exit code 0: every point ended well; 1: some failed; 2: a mistake, nothing was started; 75: stopped, and can go on.
+Exit code 0: every point ended well, or is queued; 1: some failed; 2: a mistake, nothing was started; 75: stopped, and
+can go on.
 """
 
 from __future__ import annotations
@@ -20,17 +22,18 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dla_train.checkpoint.errors import RunDirectoryError
 from dla_train.checkpoint.folders import write_atomically
-from dla_train.checkpoint.run_lock import RunLock
+from dla_train.checkpoint.run_lock import RunLock, seems_held
 from dla_train.config import Config, ConfigError
 from dla_train.hydra_app import MISTAKE
-from dla_train.launch.settings import load_launcher
+from dla_train.launch.settings import LauncherConfig, load_launcher
 from dla_train.launch.slurm import SubmitError
 from dla_train.parallel.cores import available_cores
 from dla_train.resilience.exit_codes import STOPPED
@@ -51,6 +54,7 @@ from dla_train.sweep.points import (
 from dla_train.sweep.report import write_report
 from dla_train.sweep.results import SWEEP_FILE, read_results
 from dla_train.sweep.runner import SweepRun
+from dla_train.sweep.slurm_array import check_array, refuse_queued, settle, submit_points
 from dla_train.sweep.slurm_launcher import slurm_launcher
 from dla_train.sweep.tpe import Study
 
@@ -76,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
             return _report(arguments[1:])
         if arguments[0] == "list":
             return _list(*read_sweep(arguments[1:]))
+        if arguments[0] == "submit":
+            return submit(*_named_or_stored(arguments[1:]))
         if arguments[0] == "resume":
             return start(*_stored(arguments[1:]))
         return start(*read_sweep(arguments))
@@ -89,21 +95,13 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
     points, configs = checked_points(sweep, overrides)
     launcher = _launcher(sweep, configs)
     folder = Path(sweep.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _take_lock(folder)
-    try:
-        check_folder(folder, points, grows=lambda point: sweep.sampler == "tpe" and point.trial is not None)
-        study = Study(sweep) if sweep.sampler == "tpe" else None
-        write_atomically(folder / SWEEP_FILE, json.dumps({"sweep": asdict(sweep), "overrides": overrides}, indent=1))
-        if sweep.retry_failed:
-            _forget_failures(folder, points)
+    with _held(folder):
+        study = _take_up(sweep, overrides, points)
         began = time.monotonic()
         places, sweep_run = launcher.free(), SweepRun(sweep, overrides, launcher, study)
         complete = sweep_run.run(points, configs)
         if not sweep.launcher:
             _note_use(folder, time.monotonic() - began, sweep_run.busy_seconds, places)
-    finally:
-        lock.release()
     outcomes = [read_outcome(point.folder(folder)) for point in read_points(folder)]
     if any(outcomes):
         print(f"report: {write_report(read_results(folder))}")
@@ -111,6 +109,22 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
         print(f"stopped; go on with: dla-sweep resume {folder}")
         return STOPPED
     return FAILED if any(outcome and outcome.state == "failed" for outcome in outcomes) else 0
+
+
+def submit(sweep: SweepConfig, overrides: Sequence[str]) -> int:
+    """Queue what is left as one job array. Raises ConfigError before anything is queued, SubmitError of the cluster."""
+    if sweep.sampler == "tpe":
+        rule = "is a search, which proposes points one by one, from how earlier ones ended"
+        raise ConfigError(f"sweep.sampler=tpe {rule}; leave out `submit`, and dla-sweep stays and queues them")
+    settings = _cluster(sweep)
+    points, configs = checked_points(sweep, overrides)
+    check_array(sweep, settings, len(points))
+    with _held(Path(sweep.folder)):
+        _take_up(sweep, overrides, points)
+        submission = submit_points(sweep, settings, points, configs)
+    print(submission.told())
+    print(f"how it stands: dla-runs {sweep.folder}; what came out: dla-sweep report {sweep.folder}")
+    return 0
 
 
 def checked_points(sweep: SweepConfig, overrides: Sequence[str]) -> tuple[list[Point], dict[str, Config]]:
@@ -127,19 +141,51 @@ def checked_points(sweep: SweepConfig, overrides: Sequence[str]) -> tuple[list[P
 def _launcher(sweep: SweepConfig, configs: dict[str, Config]) -> Launcher:
     """Where points run. Raises ConfigError."""
     if sweep.launcher:
-        settings = load_launcher(sweep.launcher, ranks_per_node=sweep.ranks)
-        if settings.kind != "slurm":
-            raise ConfigError("launcher=torchrun is what points get on this machine by sweep.ranks; leave launcher out")
-        return slurm_launcher(settings, sweep.name, sweep.parallel, sweep.ranks)
+        return slurm_launcher(_cluster(sweep), sweep.name, sweep.parallel)
     on_cpu = all(config.train.device == "cpu" for config in configs.values())
     return local_launcher(sweep.parallel, sweep.ranks, on_cpu=on_cpu)
 
 
-def _take_lock(folder: Path) -> RunLock:
+def _cluster(sweep: SweepConfig) -> LauncherConfig:
+    """How a point is launched on a cluster. Raises ConfigError where that is not said, or of other ranks."""
+    if not sweep.launcher:
+        raise ConfigError("points are queued on a cluster by launcher=slurm; add it, or leave out `submit`")
+    settings = load_launcher(sweep.launcher, ranks_per_node=sweep.ranks)
+    if settings.kind != "slurm":
+        raise ConfigError("launcher=torchrun is what points get on this machine by sweep.ranks; leave launcher out")
+    given = settings.nodes * settings.ranks_per_node
+    if given != sweep.ranks:
+        where = f"launcher.nodes={settings.nodes} x launcher.ranks_per_node={settings.ranks_per_node}"
+        raise ConfigError(f"sweep.ranks={sweep.ranks} is not {where} = {given} processes of a point; make them equal")
+    return settings
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The sweep's folder, made where it is not there, and nobody else's meanwhile. Raises ConfigError."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        return RunLock(folder)
+        lock = RunLock(folder)
     except RunDirectoryError as error:
         raise ConfigError(f"sweep.folder={folder} is at work already: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _take_up(sweep: SweepConfig, overrides: Sequence[str], points: Sequence[Point]) -> Study | None:
+    """Make the folder this sweep's, and settle what ended there unseen. Returns its search; raises ConfigError."""
+    folder = Path(sweep.folder)
+    check_folder(folder, points, grows=lambda point: sweep.sampler == "tpe" and point.trial is not None)
+    settle(folder, sweep)
+    if not sweep.launcher:
+        refuse_queued(folder, points)
+    study = Study(sweep) if sweep.sampler == "tpe" else None
+    write_atomically(folder / SWEEP_FILE, json.dumps({"sweep": asdict(sweep), "overrides": overrides}, indent=1))
+    if sweep.retry_failed:
+        _forget_failures(folder, points)
+    return study
 
 
 def _forget_failures(folder: Path, points: Sequence[Point]) -> None:
@@ -176,6 +222,12 @@ def _stored(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     return sweep, stored["overrides"]
 
 
+def _named_or_stored(words: Sequence[str]) -> tuple[SweepConfig, list[str]]:
+    """The sweep that words describe, or that of the folder they name."""
+    named = any(word.startswith("sweep=") for word in words)
+    return read_sweep(words) if named or not words else _stored(words)
+
+
 def _report(words: Sequence[str]) -> int:
     named, to = list(words), None
     if "--to" in named:
@@ -185,6 +237,8 @@ def _report(words: Sequence[str]) -> int:
         to = Path(named[at + 1])
         del named[at : at + 2]
     folder = _only_folder(named)
+    if not is_kept(folder) and not seems_held(folder):  # nobody watches
+        settle(folder, open_results(folder).sweep)
     results = open_results(folder)
     print(write_report(results, folder if to is None and is_kept(folder) else to))
     return 0

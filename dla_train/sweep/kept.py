@@ -77,6 +77,7 @@ def _point_result(values: dict[str, Any]) -> PointResult:
     return PointResult(
         point_from_dict(values["point"]),
         Outcome(**outcome) if outcome else None,
+        str(values["state"]),
         int(values["step"]),
         {name: float(value) for name, value in values["numbers"].items()},
         {name: {int(step): float(value) for step, value in curve.items()} for name, curve in curves.items()},

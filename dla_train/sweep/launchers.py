@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import process_lives, process_record, seems_held
 from dla_train.config import ConfigError
 from dla_train.parallel.cores import available_cores
+from dla_train.run_process import command, environment
 
 START_FILE, OUTPUT_FILE = "start.json", "output.log"
 START_LINE = "== dla-sweep starts the run\n"
 """Stands in the output before each start."""
 SAVE_SECONDS = 300
 """What a step and a checkpoint may take before torchrun kills its processes."""
-_LAUNCHED_BY_ANOTHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Job(Protocol):
@@ -101,8 +100,6 @@ class LocalLauncher:
 
     def start(self, run_dir: Path, overrides: Sequence[str]) -> Job:
         slot = min(set(range(len(self._environments))) - self._taken)
-        environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHED_BY_ANOTHER}
-        environment |= self._environments[slot]
         waits = 'read go && exec "$@" < /dev/null'
         with open(run_dir / OUTPUT_FILE, "ab") as output:
             output.write(START_LINE.encode())
@@ -112,7 +109,7 @@ class LocalLauncher:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env={**environment(), **self._environments[slot]},
                 start_new_session=True,
             )
         record = process_record(process.pid)
@@ -125,10 +122,9 @@ class LocalLauncher:
         return LocalJob(record, slot, process)
 
     def adopt(self, run_dir: Path) -> Job | None:
-        path = run_dir / START_FILE
-        if not path.is_file():
+        record = read_start(run_dir)
+        if not record:
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
         lives = process_lives(record)
         if lives is None and seems_held(run_dir):
             raise ConfigError(f"{run_dir} is being trained on {record.get('host')}; start the sweep there, or stop it")
@@ -142,13 +138,10 @@ class LocalLauncher:
         self._taken.discard(job.slot)
 
 
-def command(overrides: Sequence[str], ranks: int) -> list[str]:
-    """The process of a run: dla-train itself, or torchrun with signals handed on as in launch/torchrun.sh."""
-    if ranks == 1:
-        return [sys.executable, "-m", "dla_train.train", *overrides]
-    signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", signals]
-    return [*torchrun, "-m", "dla_train.train", *overrides]
+def read_start(run_dir: Path) -> dict[str, Any]:
+    """What the last start of a point wrote down; {} where there was none."""
+    path = run_dir / START_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def slot_environments(parallel: int, ranks: int, cores: int, devices: Sequence[str]) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from dla_train.config import ConfigError
 from dla_train.hydra_app import MISTAKE
 from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import DIVERGED, HUNG, STATUS_FILE, read_status
-from dla_train.sweep.launchers import OUTPUT_FILE, START_LINE
+from dla_train.sweep.launchers import OUTPUT_FILE, START_FILE, START_LINE
 
 OUTCOME_FILE = "outcome.json"
 _TAIL_BYTES = 20_000
@@ -115,8 +115,14 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> None:
 
 
 def forget_outcome(run_dir: Path) -> None:
-    """Let a failed point be started again."""
+    """Let a failed point be started again, and its starts be counted anew."""
+    (run_dir / START_FILE).unlink(missing_ok=True)
     (run_dir / OUTCOME_FILE).unlink(missing_ok=True)
+
+
+def began(run_dir: Path) -> bool:
+    """Whether the newest start printed anything; a job that was taken out of the queue has not."""
+    return bool(_tail(run_dir).strip())
 
 
 def _says_mistake(run_dir: Path) -> bool:

@@ -22,6 +22,7 @@ from dla_train.config import ConfigError
 from dla_train.hydra_app import config_from_dict
 from dla_train.metrics import read_lines
 from dla_train.models.cost import cache_bytes, parameter_count
+from dla_train.runs import read_run
 from dla_train.sweep.outcomes import Outcome, read_outcome
 from dla_train.sweep.points import Point
 
@@ -38,6 +39,8 @@ class PointResult:
 
     point: Point
     outcome: Outcome | None
+    state: str
+    """`finished`, `failed` or `pruned`; without an outcome that of its run, as `dla-runs` says it."""
     step: int
     """Optimizer steps of its newest line, or of its outcome."""
     numbers: dict[str, float]
@@ -64,7 +67,8 @@ def read_point_result(point: Point, run_dir: Path, size: dict[str, float]) -> Po
         numbers["memory_bytes"] = max(peaks.values())
     curves = {name: _thinned(by_name[name]) for name in (*LOSSES, *MERGE_STATISTICS) if name in by_name}
     newest = int(lines[-1]["step"]) if lines else 0
-    return PointResult(point, outcome, outcome.step if outcome else newest, numbers | size, curves, _versions(run_dir))
+    state, step = (outcome.state, outcome.step) if outcome else (read_run(run_dir).state, newest)
+    return PointResult(point, outcome, state, step, numbers | size, curves, _versions(run_dir))
 
 
 def model_size(run_dir: Path) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
 from dla_train.hydra_app import compose, config_to_yaml
+from dla_train.run_process import quoted
 from dla_train.sweep.definition import Scalar, SweepConfig, override_key, sweep_axes
 from dla_train.sweep.sampling import Values, corners, draws, grid
 
@@ -119,6 +120,14 @@ def check_corners(sweep: SweepConfig, overrides: Sequence[str]) -> None:
     check_points(sweep, [_point(sweep, overrides, setting, sweep.seeds[0]) for setting in settings])
 
 
+def run_words(sweep: SweepConfig, point: Point) -> list[str]:
+    """The settings of a point's run: its own, its folder, and what runs of a sweep have unless it says otherwise."""
+    own = {"logging.progress": "false", "logging.wandb_group": quoted(sweep.name)}
+    given = {override_key(word) for word in point.overrides}
+    others = [f"{key}={value}" for key, value in own.items() if key not in given]
+    return [*point.overrides, f"run_dir={quoted(str(point.folder(Path(sweep.folder))))}", *others]
+
+
 def write_point(folder: Path, point: Point, config: Config) -> None:
     """Make a point's folder: what it is, and its configuration until its run writes its own."""
     run_dir = point.folder(folder)
@@ -164,14 +173,6 @@ def command_line(sweep_folder: Path, point: Point) -> str:
     """What reproduces a point in a folder of its own, as a user would type it."""
     run_dir = f"{sweep_folder}_again/{point.name}"
     return " ".join(["dla-train", *map(_for_shell, [*point.overrides, f"run_dir={quoted(run_dir)}"])])
-
-
-def quoted(value: str) -> str:
-    """A string as a value of Hydra's grammar."""
-    if re.fullmatch(r"[\w./+=-]+", value):
-        return value
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
-    return f"'{escaped}'"
 
 
 def written(value: Scalar) -> str:

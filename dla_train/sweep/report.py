@@ -248,8 +248,8 @@ def _unfinished(results: Results) -> list[Block]:
     found = [result for result in results.points if result.outcome is None]
     if not found:
         return []
-    rows = [[result.point.name, str(result.step)] for result in found]
-    return [Heading("Not finished yet"), Table(["point", "steps"], rows, left=["point"])]
+    rows = [[result.point.name, result.state, str(result.step)] for result in found]
+    return [Heading("Not finished yet"), Table(["point", "state", "steps"], rows, left=["point", "state"])]
 
 
 def _all_points(results: Results) -> Table:

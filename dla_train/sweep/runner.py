@@ -31,7 +31,7 @@ from dla_train.sweep.outcomes import (
     steps_done,
     write_outcome,
 )
-from dla_train.sweep.points import Point, Setting, check_points, points_of, quoted, write_point
+from dla_train.sweep.points import Point, Setting, check_points, points_of, run_words, write_point
 from dla_train.sweep.tpe import Study
 
 LOOK_SECONDS = 0.1
@@ -171,9 +171,7 @@ class SweepRun:
         run_dir = point.folder(self.folder)
         stamp = status_stamp(run_dir)
         self._starts[point.name] = self._starts.get(point.name, 0) + 1
-        own = {"logging.progress": "false", "logging.wandb_group": quoted(self.sweep.name)}
-        quiet = [f"{key}={value}" for key, value in own.items() if not _given(point, key)]
-        job = self.launcher.start(run_dir, [*point.overrides, f"run_dir={quoted(str(run_dir))}", *quiet])
+        job = self.launcher.start(run_dir, run_words(self.sweep, point))
         self._active.append(_Active(point, job, stamp, time.monotonic()))
         self._say(f"{point.name} {'goes on' if stamp else 'starts'}")
 
@@ -264,7 +262,3 @@ class SweepRun:
         if self.study is not None:
             expected = (len(self.sweep.baselines) + self.sweep.budget) * len(self.sweep.seeds)
         print(f"[{ended}/{expected}] {text}", flush=True)
-
-
-def _given(point: Point, key: str) -> bool:
-    return any(word.partition("=")[0] == key for word in point.overrides)

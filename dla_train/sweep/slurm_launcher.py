@@ -1,13 +1,15 @@
 """Points as jobs of SLURM, one each, by the batch script of `dla-launch`: warned, saved and queued again as any run.
 
-One job a point and no job array: the sweep starts points one by one (a search proposes them so), and finds each again
-by the number in its folder. How a job ended is told by what its run left; SLURM is asked only if it is still there.
+One job a point: the sweep starts points one by one (a search proposes them so), and finds each again by the number in
+its folder; also the tasks of an array (slurm_array.py). How a job ended is told by what its run left; SLURM is asked
+only if it is still there.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,9 +21,11 @@ from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import ConfigError
 from dla_train.launch.settings import LauncherConfig
 from dla_train.launch.slurm import STAY_FILE, SubmitError, job_script, submit, try_submission
-from dla_train.sweep.launchers import OUTPUT_FILE, START_FILE, START_LINE, Job
+from dla_train.sweep.launchers import OUTPUT_FILE, START_FILE, START_LINE, Job, read_start
 
 JOB_FILE = "job.sh"
+ARRAYS_FOLDER, NUMBER_FILE = "arrays", "number"
+"""In the sweep's folder, and in the folder there of each array: SLURM's number of it."""
 LOOK_SECONDS = 3.0
 """How often the queue is asked, for all points at once."""
 UNBOUNDED = 10_000
@@ -38,15 +42,33 @@ class Queue:
     def holds(self, number: str) -> bool:
         """Whether the job waits, runs or is being ended. A controller that does not answer has not ended it."""
         if time.monotonic() > self._seen + LOOK_SECONDS:
-            asked = subprocess.run(["squeue", "--me", "--noheader", "--format=%i"], capture_output=True, text=True)
-            if asked.returncode:
+            jobs = _queued()
+            if jobs is None:
                 return True
-            self._seen, self._jobs = time.monotonic(), frozenset(asked.stdout.split())
+            self._seen, self._jobs = time.monotonic(), jobs
         return number in self._jobs
 
     def forget(self) -> None:
         """Ask again: a job was submitted."""
         self._seen = -1e9
+
+
+def _queued() -> frozenset[str] | None:
+    """Numbers of this user's jobs, tasks of arrays one by one; None where SLURM does not answer."""
+    if shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    return None if asked.returncode else frozenset(asked.stdout.split())
+
+
+def job_of(run_dir: Path) -> str | None:
+    """Number of the job that was queued last for a point, `123`, or `123_4` of an array's task; None where none was."""
+    record = read_start(run_dir)
+    if "slurm_array" not in record:
+        return record.get("slurm_job")
+    path = run_dir.parents[1] / ARRAYS_FOLDER / record["slurm_array"] / NUMBER_FILE
+    return f"{path.read_text(encoding='utf-8')}_{record['task']}" if path.is_file() else None
 
 
 @dataclass
@@ -106,8 +128,7 @@ class SlurmLauncher:
         return SlurmJob(number, run_dir, self._queue)
 
     def adopt(self, run_dir: Path) -> Job | None:
-        path = run_dir / START_FILE
-        number = json.loads(path.read_text(encoding="utf-8")).get("slurm_job") if path.is_file() else None
+        number = job_of(run_dir)
         if number is None or not self._queue.holds(number):
             return None
         self._taken += 1
@@ -117,12 +138,8 @@ class SlurmLauncher:
         self._taken -= 1
 
 
-def slurm_launcher(settings: LauncherConfig, name: str, parallel: int, ranks: int) -> SlurmLauncher:
-    """Points of `ranks` processes each. Raises ConfigError where the cluster would refuse them."""
-    given = settings.nodes * settings.ranks_per_node
-    if given != ranks:
-        where = f"launcher.nodes={settings.nodes} x launcher.ranks_per_node={settings.ranks_per_node}"
-        raise ConfigError(f"sweep.ranks={ranks} is not {where} = {given} processes of a point; make them equal")
+def slurm_launcher(settings: LauncherConfig, name: str, parallel: int) -> SlurmLauncher:
+    """The launcher of the sweep `name`. Raises ConfigError where the cluster would refuse its points."""
     try:
         try_submission(job_script(settings, name, Path(), [], sys.executable, Path("/dev/null")))
     except SubmitError as error:

@@ -1,8 +1,12 @@
-"""Two hosts on this machine: network namespaces with an address each and a cable between them that can be cut."""
+"""Two hosts on this machine: network namespaces with an address each and a cable between them that can be cut.
+
+`python -m tests.launch.hosts` says in one line why there can be none here, with exit code 1.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from dataclasses import dataclass
 
@@ -55,3 +59,7 @@ class Hosts:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    sys.exit(f"make test-hosts cannot run here: it {why}" if (why := missing()) else 0)

@@ -103,6 +103,7 @@ def test_every_process_gets_the_settings_of_nccl_threads_and_cores_and_what_is_s
     assert set(words[: next(i for i, word in enumerate(words) if "=" not in word)]) == {
         *("OMP_NUM_THREADS=3", "NCCL_DEBUG=INFO", "NCCL_IB_HCA=mlx5_0,mlx5_1", "DLA_BIND=share"),
         *("NCCL_SOCKET_IFNAME=lo", "GLOO_SOCKET_IFNAME=lo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300"),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     }
     assert main(["--dry-run", *given, "launcher.interface=eth9"]) == 2
     assert "launcher.interface=eth9 is not on this machine; choose from lo" in capsys.readouterr().err
@@ -120,6 +121,7 @@ def test_a_batch_script_tells_srun_its_cores_again_and_exports_what_is_not_set(
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-12}"',
         'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"',
         "export DLA_BIND=node",
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     ):
         assert part in out, part
     assert "SOCKET_IFNAME" not in out

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from dla_train.config import ConfigError
 from dla_train.parallel.axes import Axes, Axis
-from dla_train.parallel.mesh import Mesh
+from dla_train.parallel.mesh import Mesh, store_of_this_start
 from tests.parallel.mesh_cases import NAMES, config
 from tests.parallel.ranks import Check, Outcomes, run_on_ranks
 
@@ -114,3 +114,16 @@ def test_axes_whose_batch_is_not_data_times_context_are_refused() -> None:
 def test_a_planned_rank_outside_its_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="rank=8 is not one of the 2 x 2 x 2 ranks of the layout"):
         Axes.planned(tensor=2, context=2, data=2, rank=8)
+
+
+@pytest.mark.parametrize(("kept", "meet"), [("False", True), ("True", False)])
+def test_counts_of_restarts_tell_starts_apart_only_where_torchrun_keeps_its_store(
+    kept: str, meet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a store that it keeps lie the addresses of ranks that ended; machines of one start may have other counts."""
+    store = dist.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store_of_this_start(store).set("rank 0", "address")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert store_of_this_start(store).check(["rank 0"]) == meet

@@ -6,19 +6,24 @@ Needs root (munge's key belongs to its own user).
 
 import os
 import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.processes import free_port
+from tests.faults.processes import free_port, state_of
+from tests.slurm.packages import path
 
-COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
+LOOK_SECONDS = 0.2
+# cred_expire is also how long a job that is queued again waits for its new start, by default two minutes
 CONFIGURATION = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=15
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 StateSaveLocation={folder}/state
@@ -48,14 +53,6 @@ PartitionName=urgent Nodes={host} MaxTime=INFINITE OverSubscribe=EXCLUSIVE Prior
 """
 
 
-def missing() -> str:
-    """What this machine lacks, "" for nothing."""
-    absent = [command for command in COMMANDS if shutil.which(command, path=_path()) is None]
-    if absent:
-        return f"needs {', '.join(absent)} (apt install slurm-wlm munge)"
-    return "" if os.geteuid() == 0 else "needs root, to start munge's and SLURM's daemons"
-
-
 @dataclass
 class Cluster:
     """The running daemons."""
@@ -69,7 +66,7 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Of commands that talk to the cluster."""
-        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+        return {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path()}
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -77,23 +74,23 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, states: set[str], seconds: float, after: str = "") -> dict[str, str]:
-        """Until a job is in one of `states` (after it has been in `after`).
-
-        A requeued job's two minutes of waiting are cut short.
-
-        Not too short: a start within a second or two of the end is refused, by its own old credential.
-        """
-        deadline, held = time.monotonic() + seconds, 0
+        """Until a job is in one of `states` (after it has been in `after`)."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             job = self.job(number)
             after = "" if job.get("JobState") == after else after
             if job.get("JobState") in states and not after:
                 return job
-            held = held + 1 if job.get("Reason") == "BeginTime" else 0
-            if held == 10:
-                self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
-            time.sleep(0.5)
+            time.sleep(LOOK_SECONDS)
         raise TimeoutError(f"job {number} is {self.job(number)} after {seconds} s")
+
+    def wait_until_empty(self, seconds: float) -> None:
+        """Until no job waits or runs."""
+        deadline = time.monotonic() + seconds
+        while queue := self.run("squeue", "--noheader").stdout:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {seconds} s there are still\n{queue}")
+            time.sleep(LOOK_SECONDS)
 
 
 def start(folder: Path) -> Cluster:
@@ -106,24 +103,34 @@ def start(folder: Path) -> Cluster:
     text = CONFIGURATION.format(host=host, folder=folder, cpus=os.cpu_count(), **ports)
     (folder / "slurm.conf").write_text(text)
     _start_munge()
-    subprocess.run(["slurmctld", "-f", str(folder / "slurm.conf")], check=True, env=cluster.environment)
-    time.sleep(2)
-    subprocess.run(["slurmd", "-f", str(folder / "slurm.conf")], check=True, env=cluster.environment)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if "idle" in cluster.run("sinfo", "--noheader", "--format=%T").stdout:
-            return cluster
-        time.sleep(0.5)
-    raise TimeoutError((folder / "slurmctld.log").read_text()[-2000:])
+    for daemon, question, answer in (
+        ("slurmctld", ("scontrol", "ping"), "is UP"),
+        ("slurmd", ("sinfo", "--noheader", "--format=%T"), "idle"),
+    ):
+        subprocess.run([daemon, "-f", str(folder / "slurm.conf")], check=True, env=cluster.environment)
+        log = folder / f"{daemon}.log"
+        _wait_until(lambda question=question, answer=answer: answer in cluster.run(*question).stdout, log)
+    return cluster
 
 
 def stop(cluster: Cluster) -> None:
-    """End SLURM's daemons; munge's is left to the machine."""
+    """End jobs that a failed test left, and SLURM's daemons; munge's is left to the machine."""
+    cluster.run("scancel", "--me")
+    cluster.wait_until_empty(300)
     for name in ("slurmd", "slurmctld"):
-        pid = cluster.folder / f"{name}.pid"
-        if pid.exists():
-            subprocess.run(["kill", pid.read_text().strip()], check=False)
-    time.sleep(1)
+        file = cluster.folder / f"{name}.pid"
+        if file.exists():
+            pid = int(file.read_text())
+            os.kill(pid, signal.SIGTERM)
+            _wait_until(lambda pid=pid: state_of(pid) == "Z", cluster.folder / f"{name}.log")
+
+
+def _wait_until(holds: Callable[[], bool], log: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not in {seconds} s; {log} ends with\n{log.read_text()[-2000:]}")
+        time.sleep(LOOK_SECONDS)
 
 
 def _start_munge() -> None:
@@ -135,8 +142,4 @@ def _start_munge() -> None:
     shutil.chown("/etc/munge/munge.key", "munge", "munge")
     os.chmod("/run/munge", 0o755)
     command = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged"]
-    subprocess.run(command, check=True, env={**os.environ, "PATH": _path()})
-
-
-def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path()})

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing, start, stop
+from tests.slurm.cluster import Cluster, start, stop
+from tests.slurm.packages import missing
 from tests.train.runs import write_corpus
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dla_train.config import ConfigError
 from dla_train.sweep import launchers
-from dla_train.sweep.launchers import LocalLauncher, command, slot_environments
+from dla_train.sweep.launchers import LocalLauncher, slot_environments
 
 
 def test_cores_are_divided_and_devices_are_nobody_elses() -> None:
@@ -28,14 +28,6 @@ def test_cores_are_divided_and_devices_are_nobody_elses() -> None:
 def test_more_devices_than_there_are_is_an_error(parallel: int, ranks: int) -> None:
     with pytest.raises(ConfigError, match=r"sweep.parallel=\d .*need \d+ devices, and there are 4"):
         slot_environments(parallel, ranks, 16, ["0", "1", "2", "3"])
-
-
-def test_a_point_of_several_ranks_is_torchruns_with_signals_handed_on() -> None:
-    assert command(["a=1"], 1) == [sys.executable, "-m", "dla_train.train", "a=1"]
-    words = command(["a=1"], 2)
-    assert "--nproc_per_node=2" in words and words[-3:] == ["-m", "dla_train.train", "a=1"]
-    script = (Path(__file__).parents[2] / "launch/torchrun.sh").read_text()
-    assert next(word for word in words if "signals" in word) in script
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from dla_train.config import ConfigError
 from dla_train.hydra_app import compose
+from dla_train.run_process import quoted
 from dla_train.sweep import points as points_module
 from dla_train.sweep.command import checked_points
 from dla_train.sweep.points import (
@@ -16,7 +17,6 @@ from dla_train.sweep.points import (
     check_points,
     command_line,
     points_of,
-    quoted,
     read_points,
     setting_of,
     write_point,
@@ -118,7 +118,8 @@ def test_a_damaged_point_is_named(sweep) -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["runs/a", "/tmp/with space,comma", "it's (here)", "back\\slash", "a=b{c}", "end\\", "x\\'y"]
+    "folder",
+    ["runs/a", "/tmp/with space,comma", "it's (here)", "back\\slash", "a=b{c}", "all/optim.lr=0.1", "end\\", "x\\'y"],
 )
 def test_the_command_of_a_point_composes_to_its_configuration(sweep, folder: str) -> None:
     found, overrides = sweep()

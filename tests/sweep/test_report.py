@@ -81,6 +81,7 @@ def test_the_report_holds_every_part_in_both_forms(results: Results) -> None:
     ranks = TABLE_ROW.findall(text)
     assert [int(rank) for rank, _ in ranks] == list(range(1, 9)) and ranks[0][1] == "tau_0.7-capacity_4"
     assert "| -0.2960 ± 0.0000 | -0.2960 to -0.2960 | 2 of 2 |" in text and "2.2540 ± 0.3536" in text
+    assert "| tau_0.5-capacity_8-seed_1 | waiting | 0 |" in text
     for part in ("Failed points", "Pruned points", "Not finished yet", "Every point", "Merge statistics", "Two axes"):
         assert f"## {part}" in text and f"<h2>{part}</h2>" in markup
     assert "loss is nan \\| at <step> 5" in text and "loss is nan | at &lt;step&gt; 5" in markup
