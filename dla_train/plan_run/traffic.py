@@ -61,7 +61,8 @@ def _partial_gradients(layout: Layout, shape: LayerShape) -> int:
     """Weights that every tensor rank has whole but uses for its own heads or tokens (parallel/sections.py)."""
     model = shape.model
     norms = (2 if model.mlp_width else 1) * model.width if layout.sequence else 0
-    keys = 2 * model.key_dim * (model.width + model.conv_width + model.conv_bias) if shape.shared_key_head else 0
+    keys = 2 * model.key_dim * (model.width + model.conv_width + model.conv_bias) + 2 * _routing(shape) * model.width
+    keys = keys if shape.shared_key_head else 0
     return model.num_layers * (norms + keys) + (model.width if layout.sequence else 0)
 
 
@@ -84,10 +85,15 @@ def _exchanged(shape: LayerShape, ranks: int) -> float:
     per_head = 2 if shape.erases else 1  # decay and write strength
     back = 1 if shape.erases else 2  # what was read, and what mamba2's skip connection adds
     numbers = share * ((1 + back) * values + per_head * heads) + 2 * of_keys * model.key_dim
-    if shape.content and shape.memory.routing == "projected":
-        numbers += 2 * of_keys * routing_dim(model, shape.memory)
+    numbers += 2 * of_keys * _routing(shape)
     weights = share * heads * shape.read_outputs if shape.weighted else 0
     return size * numbers + FLOAT_BYTES * weights
+
+
+def _routing(shape: LayerShape) -> int:
+    """Numbers of a key head's routing projection; 0 where there is none of its own."""
+    projected = shape.content and shape.memory.routing == "projected"
+    return routing_dim(shape.model, shape.memory) if projected else 0
 
 
 def _data(layout: Layout, weights: int, steps: int) -> int:
