@@ -96,8 +96,9 @@ def test_a_study_that_cannot_be_names_the_setting(tiny, change, error, message):
 
 def test_arms_too_small_to_be_matched_are_refused(tiny):
     wide = dataclasses.replace(tiny, model={**tiny.model, "width": 8, "mlp_width": 1, "num_layers": 3, "value_dim": 3})
+    memories = {**tiny.memories, "dla": {**tiny.memories["dla"], "capacity": 3, "routing": "qk"}}
     with pytest.raises(ConfigError, match="match_parameters: .* widen model"):
-        arms_of(dataclasses.replace(wide, memories={**tiny.memories, "dla": {**tiny.memories["dla"], "capacity": 3}}))
+        arms_of(dataclasses.replace(wide, memories=memories))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
