@@ -9,13 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from dla_train.launch.settings import LauncherConfig
+from dla_train.launch.settings import OWN_STORE, LauncherConfig
 from dla_train.parallel.cores import VARIABLE as BIND
 from dla_train.parallel.cores import available_cores
-
-OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""torchrun opens a store for every start of the ranks: in one that it keeps, machines that disagree on how often they
-have restarted (one's rank died, the other was told) do not find each other, or find addresses of before."""
 
 
 def defaults(launcher: LauncherConfig) -> dict[str, str]:

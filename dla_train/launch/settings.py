@@ -28,13 +28,16 @@ PROGRAMS = {"train": "dla_train.train", "doctor": "dla_train.doctor.command"}
 TIME = re.compile(r"(\d+-)?\d{1,2}(:\d{2}){0,2}|\d+")
 """sbatch's formats: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torchrun opens a store for every start of the ranks: in one that it keeps, machines that disagree on how often they
+have restarted (one's rank died, the other was told) do not find each other, or find addresses of before."""
 OWNED = {
     "OMP_NUM_THREADS": "use launcher.threads_per_rank",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "use launcher.save_seconds",
     "NCCL_SOCKET_IFNAME": "use launcher.interface",
     "GLOO_SOCKET_IFNAME": "use launcher.interface",
     BIND: "use launcher.bind",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "dla-launch sets it: leave it out",
+    OWN_STORE: "dla-launch sets it: leave it out",
     **dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "torchrun sets it: leave it out"),
     **dict.fromkeys(("MASTER_ADDR", "MASTER_PORT"), "torchrun sets it: use launcher.endpoint or launcher.port"),
 }
