@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -257,10 +258,13 @@ def unknown_setting(key: str) -> str:
     return f"{key} is not a setting; {advice}"
 
 
-def explain(error: Exception, unknown: Callable[[str], str] = unknown_setting) -> str:
+def explain(
+    error: Exception, unknown: Callable[[str], str] = unknown_setting, listing: str = "dla-train --cfg job"
+) -> str:
     """One sentence for an error of Hydra or OmegaConf: what was given, what is legal.
 
-    unknown: the sentence about a key that is not in the schema; by default of a training run's.
+    unknown: the sentence about a key that is not in the schema, listing: the command that prints every legal one; by
+    default of a training run.
     """
     for cause in _causes(error):
         if isinstance(cause, ConfigError):  # of an interpolation
@@ -271,8 +275,10 @@ def explain(error: Exception, unknown: Callable[[str], str] = unknown_setting) -
             return unknown(str(cause.full_key))
         if isinstance(cause, ValidationError) and cause.full_key:
             return _wrong_type(cause)
+    if group := re.match(r"Could not override '(\w+)'", str(error)):  # with an option, where there is no such group
+        return unknown(group[1])
     first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    return f"{first_line}; write overrides as key=value, `dla-train --cfg job` prints every setting"
+    return f"{first_line}; write overrides as key=value, `{listing}` prints every setting"
 
 
 def _unknown_option(wanted: str, options: list[str]) -> str:

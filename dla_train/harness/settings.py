@@ -7,18 +7,18 @@ Nothing here imports torch or lm_eval.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
 from dla_train.harness.catalogue import TaskEntry, catalogue, task_entry
-from dla_train.hydra_app import config_directory
+from dla_train.hydra_app import config_directory, explain
 
 OF_THE_CHECKPOINT = ("model", "memory")
 """Groups of a run's settings that cannot be chosen for its checkpoint."""
@@ -102,9 +102,11 @@ def compose(words: Sequence[str]) -> EvaluateConfig:
         known = {item.name for item in fields(EvaluateConfig)}
         if added := [str(key) for key in composed if key not in known]:  # by +key=value
             raise ConfigError(_unknown(added[0]))
+        if OmegaConf.is_missing(composed, "run"):
+            raise ConfigError("run has no value; name a run directory: dla-evaluate run=runs/...")
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error, _unknown, "dla-evaluate --help")) from error
     assert isinstance(config, EvaluateConfig)
     check(config)
     return config
@@ -179,26 +181,6 @@ def _near(name: str, names: Sequence[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def _explain(error: Exception) -> str:
-    """One sentence for an error of Hydra or OmegaConf."""
-    for cause in _causes(error):
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options is not None:
-            group, _, option = cause.missing_cfg_file.rpartition("/")
-            legal = list(cause.options)
-            return f"{group}={option} is not there; {_near(option, legal)}choose from {', '.join(legal)}"
-        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-            return _unknown(str(cause.full_key))
-    for group in OF_THE_CHECKPOINT:
-        if f"Could not override '{group}'" in str(error):
-            return _unknown(group)
-    first = next((cause for cause in _causes(error) if isinstance(cause, OmegaConfBaseException)), error)
-    key = getattr(first, "full_key", None)
-    reason = str(first).splitlines()[0]
-    if "missing mandatory value" in reason.lower():
-        return "run has no value; name a run directory: dla-evaluate run=runs/..."
-    return f"{key}: {reason}; give a value of its type" if key else f"{reason}; write key=value"
-
-
 def _unknown(key: str) -> str:
     if key.partition(".")[0] in OF_THE_CHECKPOINT:
         return (
@@ -208,10 +190,3 @@ def _unknown(key: str) -> str:
     names = [item.name for item in fields(EvaluateConfig)]
     names += [f"suite.{item.name}" for item in fields(SuiteConfig)]
     return f"{key} is not a setting of an evaluation; {_near(key, names)}choose from {', '.join(names)}"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__

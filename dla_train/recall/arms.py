@@ -74,6 +74,9 @@ def study_arms(study: StudyConfig, tasks: Mapping[str, RecallTask]) -> list[Arm]
         model = {**study.model, "backbone": "attention", "conv_width": 0, **study.attention}
         config = _config(study, tasks, model, {"policy": "none", "read": "unit"}, "attention")
         arms.append(_arm(ATTENTION, "none", config, some.vocabulary))
+    unknown = sorted(set(study.rates) - {arm.name for arm in arms})
+    if unknown:
+        raise ConfigError(f"rates.{unknown[0]} is none of the arms: {', '.join(arm.name for arm in arms)}")
     return _matched(arms, some.vocabulary) if study.match_parameters else arms
 
 

@@ -43,8 +43,7 @@ def tables(study: StudyConfig, runs: StudyRuns, found: Sequence[ArmNumbers]) -> 
         f"# {study.name}",
         "",
         f"Task: {task}. {study.steps} steps of {study.batch_rows} rows, seeds {study.seeds}; right answers in % on "
-        f"{study.held_out_rows} held-out rows of each part, mean and {CONFIDENCE:.0%} interval over seeds. Learning "
-        f"rates tried by every arm: {', '.join(f'{rate:g}' for rate in study.learning_rates)}.",
+        f"{study.held_out_rows} held-out rows of each part, mean and {CONFIDENCE:.0%} interval over seeds.",
         "",
         "| arm | parameters | lr | " + " | ".join(part.replace("_", " ") for part in parts) + " | |",
         "|---" * (4 + len(parts)) + "|",
@@ -54,6 +53,7 @@ def tables(study: StudyConfig, runs: StudyRuns, found: Sequence[ArmNumbers]) -> 
         void = f"void: {numbers.void}" if numbers.void else ""
         lines.append(_row(numbers.arm.name, f"{numbers.arm.parameters:,}", f"{numbers.learning_rate:g}", *cells, void))
     lines += ["", *_differences(study, found, parts), "", *_steps(study, found, parts), "", *_memory(found)]
+    lines += _tuning(study, runs)
     lines += [f"\n{name} failed: {reason}" for name, reason in runs.failures.items()]
     return "\n".join(lines) + "\n"
 
@@ -100,6 +100,30 @@ def _memory(found: Sequence[ArmNumbers]) -> list[str]:
         slots = "" if numbers.live_slots is None else f"{numbers.live_slots:.1f}"
         cost = "" if numbers.soft_cost is None else f"{100 * numbers.soft_cost:+.2f}%"
         lines.append(_row(numbers.arm.name, rate, slots, cost, f"{numbers.seconds:.0f}"))
+    return lines
+
+
+def _tuning(study: StudyConfig, runs: StudyRuns) -> list[str]:
+    """What chose the learning rates, where something did."""
+    if not runs.tuning:
+        return []
+    lines = [
+        "",
+        f"Tuning: right answers in % over all parts, by learning rate; mean, and each of seeds {study.tuning_seeds}, "
+        "which count for nothing else.",
+        "",
+        "| arm | " + " | ".join(f"{rate:g}" for rate in study.learning_rates) + " |",
+        "|---" * (1 + len(study.learning_rates)) + "|",
+    ]
+    for name, tried in runs.tuning.items():
+        cells = []
+        for rate in study.learning_rates:
+            values = [100 * accuracy for accuracy in tried[rate].values()]
+            mean = f"{sum(values) / len(values):.1f}"
+            mean = f"**{mean}**" if rate == runs.rates[name] else mean
+            seeds = ", ".join(f"{value:.1f}" for value in values)
+            cells.append(f"{mean} ({seeds})" if len(values) > 1 else mean)
+        lines.append(_row(name, *cells))
     return lines
 
 

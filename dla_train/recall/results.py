@@ -36,7 +36,7 @@ def write_results(study: StudyConfig, runs: StudyRuns, path: Path) -> None:
             "mlp_width": numbers.arm.config.model.mlp_width,
             "memory": dataclasses.asdict(numbers.arm.config.memory),
             **{key: value for key, value in dataclasses.asdict(numbers).items() if key != "arm"},
-            "tuning": {f"{rate:g}": accuracy for rate, accuracy in runs.tuning.get(name, {}).items()},
+            "tuning": {f"{rate:g}": by_seed for rate, by_seed in runs.tuning.get(name, {}).items()},
             "runs": {seed: dataclasses.asdict(result) for seed, result in sorted(runs.results[name].items())},
         }
     versions = {"python": platform.python_version(), "torch": torch.__version__, "dla-train": own_version()}
@@ -54,14 +54,16 @@ def read_results(path: Path) -> tuple[StudyConfig, StudyRuns]:
         return study, StudyRuns(
             arms=[arm for arm in study_arms(study, study_tasks(study)) if arm.name in arms],
             rates={name: arm["learning_rate"] for name, arm in arms.items()},
-            tuning={
-                name: {float(rate): accuracy for rate, accuracy in arm["tuning"].items()} for name, arm in arms.items()
-            },
+            tuning={name: _tuning(arm["tuning"]) for name, arm in arms.items() if arm["tuning"]},
             results={name: {int(s): as_result(run) for s, run in arm["runs"].items()} for name, arm in arms.items()},
             failures=whole["failures"],
         )
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} holds no results of dla-recall ({error!r}); give a file that it wrote") from error
+
+
+def _tuning(found: dict[str, dict[str, float]]) -> dict[float, dict[int, float]]:
+    return {float(rate): {int(seed): accuracy for seed, accuracy in by_seed.items()} for rate, by_seed in found.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -66,8 +66,9 @@ class StudyRuns:
     arms: list[Arm]
     rates: dict[str, float]
     """Learning rate of every arm by name."""
-    tuning: dict[str, dict[float, float]]
-    """Mean accuracy over the parts by arm and learning rate; empty where there was nothing to choose."""
+    tuning: dict[str, dict[float, dict[int, float]]]
+    """Mean accuracy over the parts by arm, learning rate and tuning seed, 0 of a run that failed; of no other arms than
+    those with something to choose."""
     results: dict[str, dict[int, RunResult]]
     """By arm and seed; a seed that failed is absent."""
     failures: dict[str, str]
@@ -86,15 +87,20 @@ def run_study(study: StudyConfig) -> StudyRuns:
     pick_device(study.device, "device")
     folder = output_folder(study) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    tune = len(study.learning_rates) > 1
-    tuning_runs = [Run(arm, rate, study.tuning_seed, "tuning") for arm in arms for rate in study.learning_rates if tune]
+    tuned_arms = [arm for arm in arms if len(study.learning_rates) > 1 and arm.name not in study.rates]
+    tuning_runs = [
+        Run(arm, rate, seed, "tuning")
+        for seed in study.tuning_seeds
+        for arm in tuned_arms
+        for rate in study.learning_rates
+    ]
     planned = len(tuning_runs) + len(arms) * len(study.seeds)
     failures: dict[str, str] = {}
     processes = study.processes or available_cores()
     with Workers(study, folder, processes) as workers, _bar(study, planned) as bar:
-        tuned = _done(workers, tuning_runs, bar, failures)
-        tuning = _by_rate(tuned)
-        rates = {arm.name: _best(tuning.get(arm.name, {}), study.learning_rates) for arm in arms}
+        tuning = tuning_accuracies(tuning_runs, _done(workers, tuning_runs, bar, failures))
+        rates = {arm.name: study.learning_rates[0] for arm in arms} | study.rates
+        rates |= {name: best_rate(tried) for name, tried in tuning.items()}
         runs = [Run(arm, rates[arm.name], seed, "held_out") for seed in study.seeds for arm in arms]
         found = _done(workers, runs, bar, failures)
     results: dict[str, dict[int, RunResult]] = {arm.name: {} for arm in arms}
@@ -216,13 +222,18 @@ def _mean_accuracy(result: RunResult) -> float:
     return sum(judged.accuracy for judged in result.parts.values()) / len(result.parts)
 
 
-def _by_rate(tuned: Iterable[tuple[Run, RunResult]]) -> dict[str, dict[float, float]]:
-    found: dict[str, dict[float, float]] = {}
-    for run, result in tuned:
-        found.setdefault(run.arm.name, {})[run.learning_rate] = _mean_accuracy(result)
+def tuning_accuracies(
+    planned: Iterable[Run], ended: Iterable[tuple[Run, RunResult]]
+) -> dict[str, dict[float, dict[int, float]]]:
+    """`StudyRuns.tuning` of the runs that were planned, and of those that ended well."""
+    accuracies = {run.name: _mean_accuracy(result) for run, result in ended}
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for run in planned:
+        by_seed = found.setdefault(run.arm.name, {}).setdefault(run.learning_rate, {})
+        by_seed[run.seed] = accuracies.get(run.name, 0.0)
     return found
 
 
-def _best(accuracies: Mapping[float, float], rates: Sequence[float]) -> float:
-    """The rate of the highest accuracy, the lower one of equals; the first where none was tried."""
-    return max(sorted(accuracies), key=accuracies.__getitem__) if accuracies else rates[0]
+def best_rate(tried: Mapping[float, Mapping[int, float]]) -> float:
+    """The rate of the highest mean accuracy, the lower one of equals."""
+    return max(sorted(tried), key=lambda rate: sum(tried[rate].values()))

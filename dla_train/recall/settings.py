@@ -65,9 +65,11 @@ class StudyConfig:
     batch_rows: int = 32
     """Rows of a step."""
     learning_rates: list[float] = field(default_factory=list)
-    """Peak learning rates; with several, every arm takes the one best for it with tuning_seed."""
-    tuning_seed: int = 1000
-    """Seed of the runs that choose the learning rate; none of `seeds`."""
+    """Peak learning rates; with several, every arm takes the one best for it on average of tuning_seeds."""
+    tuning_seeds: list[int] = field(default_factory=lambda: [1000])
+    """Seeds of the runs that choose the learning rate; none of `seeds`. One chooses badly where seeds differ much."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rate by arm (`gated_deltanet_single`), where it was chosen before; such an arm is not tuned."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """Seeds of the runs that are compared. A seed is the same initial weights and the same batches in every arm."""
     held_out_rows: int = 1024
@@ -91,7 +93,6 @@ AT_LEAST = {
     "held_out_rows": 1,
     "processes": 0,
     "steps": 1,
-    "tuning_seed": 0,
 }
 """Smallest legal value of counts."""
 
@@ -103,7 +104,7 @@ def compose(words: Sequence[str]) -> StudyConfig:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
             study = OmegaConf.to_object(hydra.compose("recall", list(words)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error, unknown=_unknown)) from error
+        raise ConfigError(explain(error, _unknown, "dla-recall --help")) from error
     assert isinstance(study, StudyConfig)
     check(study)
     return study
@@ -130,12 +131,19 @@ def check(study: StudyConfig) -> None:
         raise ConfigError(f"decay_rate={study.decay_rate} must be above 0, or left out")
     if not study.learning_rates or min(study.learning_rates) <= 0:
         raise ConfigError(f"learning_rates={study.learning_rates} must name at least one rate above 0")
-    for key in ("learning_rates", "seeds", "backbones"):
+    for key in ("learning_rates", "seeds", "tuning_seeds", "backbones"):
         values = getattr(study, key)
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{key}={values} must name at least one, and each once")
-    if study.tuning_seed in study.seeds:
-        raise ConfigError(f"tuning_seed={study.tuning_seed} is one of seeds={study.seeds}; choose another")
+    for key in ("seeds", "tuning_seeds"):
+        if min(getattr(study, key)) < 0:
+            raise ConfigError(f"{key}={getattr(study, key)} has one below 0; use 0 or more")
+    shared = sorted(set(study.tuning_seeds) & set(study.seeds))
+    if shared:
+        raise ConfigError(f"tuning_seeds={study.tuning_seeds} has {shared}, which are of seeds too; choose others")
+    for arm, rate in study.rates.items():
+        if rate <= 0:
+            raise ConfigError(f"rates.{arm}={rate} must be above 0")
     if study.easy is not None and study.easy not in study.parts:
         raise ConfigError(f"easy={study.easy} is none of parts: {', '.join(study.parts) or 'there are none'}")
     unknown = [label for label in study.weights if label not in study.parts]

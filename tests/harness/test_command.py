@@ -30,7 +30,7 @@ def test_a_command_prints_each_task_and_the_table_and_says_where_the_results_are
     [
         ([], ""),
         (["suite=ruler"], "run has no value; name a run directory"),
-        (["run=x", "suite=comonsense"], "suite=comonsense is not there; did you mean commonsense?"),
+        (["run=x", "suite=comonsense"], "did you mean suite=commonsense?"),
         (["run=x", "tasks=[piqua]"], "tasks: piqua is not a task of suite=commonsense; did you mean piqa?"),
         (["run=x", "tasks=[swde]"], "swde is not a task of suite=commonsense; it is a task of another suite"),
         (["run=x", "memory=single"], "memory is not a setting of an evaluation: a checkpoint is asked with"),

@@ -17,7 +17,7 @@ from dla_train.recall.command import render
 from dla_train.recall.comparison import compare_arms
 from dla_train.recall.report import tables, write_page
 from dla_train.recall.results import read_results, write_results
-from dla_train.recall.runs import StudyRuns, run_study
+from dla_train.recall.runs import Run, StudyRuns, best_rate, run_study, tuning_accuracies
 from dla_train.recall.training import Judgement
 
 
@@ -27,7 +27,9 @@ def ended(tmp_path_factory):
     from tests.recall.conftest import TINY
 
     folder = tmp_path_factory.mktemp("study")
-    study = dataclasses.replace(TINY, output=str(folder), learning_rates=[1e-3, 1e-2], steps=30, processes=2)
+    study = dataclasses.replace(
+        TINY, output=str(folder), learning_rates=[1e-3, 1e-2], tuning_seeds=[8, 9], steps=30, processes=2
+    )
     return study, run_study(study)
 
 
@@ -45,13 +47,38 @@ def with_accuracies(runs, accuracies):
     return dataclasses.replace(runs, results=results)
 
 
-def test_every_arm_runs_every_seed_at_the_rate_that_was_best_for_it(ended):
+def test_every_arm_runs_every_seed_at_the_rate_that_was_best_for_it_on_average(ended):
     study, runs = ended
     for arm in runs.arms:
         assert sorted(runs.results[arm.name]) == study.seeds
         tried = runs.tuning[arm.name]
         assert sorted(tried) == study.learning_rates
-        assert tried[runs.rates[arm.name]] == max(tried.values())
+        assert all(sorted(by_seed) == study.tuning_seeds for by_seed in tried.values())
+        means = {rate: sum(by_seed.values()) / len(by_seed) for rate, by_seed in tried.items()}
+        assert means[runs.rates[arm.name]] == max(means.values())
+
+
+def test_a_rate_chosen_before_is_taken_and_its_arm_not_tuned(ended, monkeypatch):
+    study, runs = ended
+    monkeypatch.setattr("dla_train.recall.runs.do_run", None)
+    name = runs.arms[0].name
+    again = run_study(dataclasses.replace(study, rates={name: runs.rates[name]}))
+    assert again.results == runs.results and set(again.tuning) == set(runs.tuning) - {name}
+    with pytest.raises(ConfigError, match="rates.gated_deltanet_sinlge is none of the arms: gated_deltanet_single"):
+        run_study(dataclasses.replace(study, rates={"gated_deltanet_sinlge": 1e-3}))
+
+
+def test_a_learning_rate_at_which_a_tuning_run_failed_is_not_chosen_for_the_others_accuracy(ended):
+    study, runs = ended
+    arm = runs.arms[0]
+    result = runs.results[arm.name][0]
+    planned = [Run(arm, rate, seed, "tuning") for seed in (8, 9) for rate in (1e-3, 1e-2)]
+    good = dataclasses.replace(result, parts={"few": Judgement(0.9, 1.0, None)})
+    fair = dataclasses.replace(result, parts={"few": Judgement(0.5, 1.0, None)})
+    ended_runs = list(zip(planned, [fair, good, fair, None], strict=True))[:3]
+    found = tuning_accuracies(planned, ended_runs)[arm.name]
+    assert found == {1e-3: {8: 0.5, 9: 0.5}, 1e-2: {8: 0.9, 9: 0.0}}
+    assert best_rate(found) == 1e-3
 
 
 def test_a_finished_study_is_read_and_not_run_again(ended, monkeypatch):
