@@ -76,7 +76,8 @@ class MemoryConfig:
     drift: str = "token"
     """What a token is scored on: `token` (its own write) or `update` (the state after its write)."""
     capacity_rule: str = "density"
-    """Which adjacent pair merges when the cache is full: `density`, `oldest` or `random`."""
+    """Which adjacent pair merges when the cache is full: the one of least score a token (`density`, the paper's), of
+    least score in all (`mass`), the `oldest`, or a `random` one."""
     interval_tokens: int = 64
     """Tokens between boundaries of the `fixed` policy."""
     levels: int = 15
@@ -356,7 +357,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.policy": ("single", "log_linear", "fixed", "dla", "none"),
     "memory.tau_control": ("fixed", "learned", "rate"),
     "memory.drift": ("token", "update"),
-    "memory.capacity_rule": ("density", "oldest", "random"),
+    "memory.capacity_rule": ("density", "mass", "oldest", "random"),
     "memory.closed_slots": ("transition", "frozen"),
     "memory.read": ("unit", "slot", "content"),
     "memory.routing": ("qk", "projected"),

@@ -258,9 +258,8 @@ def _check_ignored_memory_keys(memory: MemoryConfig) -> None:
     content = memory.read == "content" and memory.policy not in ("single", "none")
     gated = dla and reads and memory.gate != "hard"
     conditions: list[tuple[bool, str, tuple[str, ...]]] = [
-        (dla, "memory.policy=dla", ("tau", "tau_control", "drift")),
+        (dla, "memory.policy=dla", ("tau", "tau_control", "drift", "capacity_rule")),
         (dla and memory.tau_control == "rate", "memory.tau_control=rate", ("target_boundary_rate", "tau_step")),
-        (memory.policy in ("fixed", "dla"), "memory.policy=fixed or dla", ("capacity_rule",)),
         (memory.policy == "fixed", "memory.policy=fixed", ("interval_tokens",)),
         (memory.policy == "log_linear" and reads, "memory.policy=log_linear with read weights", ("levels",)),
         (memory.policy not in ("single", "none"), "a policy with several slots", ("closed_slots",)),

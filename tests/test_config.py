@@ -154,7 +154,8 @@ BROKEN = {
     ),
     "temperature of a hard gate": (["memory.gate=hard", "memory.gate_temperature=0.5"], ["soft gate"]),
     "gate of another policy": (["memory=fixed", "memory.gate=straight_through"], ["memory.policy=dla"]),
-    "capacity rule of log_linear": (["memory=log_linear", "memory.capacity_rule=oldest"], ["fixed or dla"]),
+    "capacity rule of log_linear": (["memory=log_linear", "memory.capacity_rule=oldest"], ["memory.policy=dla"]),
+    "capacity rule of fixed": (["memory=fixed", "memory.capacity_rule=random"], ["memory.policy=dla"]),
     "warm-up longer than the run": (["optim.warmup_steps=301"], ["optim.warmup_steps=301", "train.steps=300"]),
     "wsd without a decay": (["optim.schedule=wsd"], ["optim.decay_steps=0"]),
     "wsd that does not fit": (

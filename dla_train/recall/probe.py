@@ -33,6 +33,7 @@ class ProbeArm:
     name: str
     policy: str
     drift: str = "token"
+    capacity_rule: str = "density"
 
     @property
     def by_content(self) -> bool:
@@ -45,6 +46,7 @@ ARMS = (
     ProbeArm("log_linear", "log_linear"),
     ProbeArm("fixed", "fixed"),
     ProbeArm("dla", "dla"),
+    ProbeArm("dla, capacity_rule: mass", "dla", capacity_rule="mass"),
     ProbeArm("dla, drift: update", "dla", "update"),
 )
 
@@ -101,6 +103,7 @@ def probe(arm: ProbeArm, backbone: str, rows: ProbeRows) -> float:
         capacity=capacity,
         policy=arm.policy,
         drift=arm.drift,
+        capacity_rule=arm.capacity_rule,
         interval=-(-tokens // capacity),
     )
     weights = torch.ones(batch, tokens, 1, capacity)

@@ -183,6 +183,8 @@ def _pair_to_merge(cache: MergeCache, rule: str, policy: str) -> Tensor:
     if rule == "random":
         return random_pair(cache.position, cache.slots - 1)[:, None].expand_as(cache.fill)
     scores = cache.scores[..., 1:] + cache.scores[..., :-1]
+    if rule == "mass":
+        return scores.argmin(-1)
     counts = cache.counts[..., 1:] + cache.counts[..., :-1]
     return (scores / counts).argmin(-1)
 

@@ -81,12 +81,13 @@ def _record_levels(p_source, p_counts, o_s, fill, position, S: tl.constexpr):
 @triton.jit
 def _pair_to_merge(p_counts, p_scores, o_s, position, RULE: tl.constexpr, S: tl.constexpr):
     """Index of the adjacent pair that a full memory merges; ties fall to the oldest."""
-    if RULE == "density":
+    if RULE == "density" or RULE == "mass":
         m = o_s < S - 1
-        b_score = tl.load(p_scores + o_s, mask=m, other=0.0) + tl.load(p_scores + o_s + 1, mask=m, other=0.0)
-        b_count = tl.load(p_counts + o_s, mask=m, other=0) + tl.load(p_counts + o_s + 1, mask=m, other=0)
-        b_density = b_score / tl.maximum(b_count, 1).to(tl.float64)
-        pair = tl.argmin(tl.where(m, b_density, float("inf")), 0).to(tl.int64)
+        b_cost = tl.load(p_scores + o_s, mask=m, other=0.0) + tl.load(p_scores + o_s + 1, mask=m, other=0.0)
+        if RULE == "density":
+            b_count = tl.load(p_counts + o_s, mask=m, other=0) + tl.load(p_counts + o_s + 1, mask=m, other=0)
+            b_cost = b_cost / tl.maximum(b_count, 1).to(tl.float64)
+        pair = tl.argmin(tl.where(m, b_cost, float("inf")), 0).to(tl.int64)
     elif RULE == "random":
         pair = (((position * 2654435761) & 4294967295) >> 12) % (S - 1)
     else:

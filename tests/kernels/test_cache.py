@@ -100,7 +100,7 @@ def test_decoding_token_by_token_equals_the_whole_sequence(backbone, policy, clo
 
 
 @pytest.mark.parametrize("drift", ["token", "update"])
-@pytest.mark.parametrize("rule", ["density", "oldest", "random"])
+@pytest.mark.parametrize("rule", ["density", "mass", "oldest", "random"])
 def test_decoding_agrees_under_every_drift_and_capacity_rule(drift, rule):
     case = make_case("gated_deltanet")
     options = plan_options("dla", drift) | {"capacity_rule": rule}

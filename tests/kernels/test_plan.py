@@ -22,7 +22,7 @@ def assert_same_plan(a: dk.MemoryPlan, b: dk.MemoryPlan) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("drift", ["token", "update"])
-@pytest.mark.parametrize("rule", ["density", "oldest", "random"])
+@pytest.mark.parametrize("rule", ["density", "mass", "oldest", "random"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunkwise_plan_equals_the_token_loop(backbone, drift, rule, packed):
     case = make_case(backbone)
@@ -85,7 +85,7 @@ def test_merges_of_a_worked_example():
         assert merges.death.flatten().tolist()[1:4] == [3, 5, 4]
 
 
-@pytest.mark.parametrize("rule", ["density", "oldest", "random"])
+@pytest.mark.parametrize("rule", ["density", "mass", "oldest", "random"])
 def test_merges_of_long_documents_of_different_length_equal_the_token_loop(rule):
     """Hundreds of merges a list, lists that end at different times, and slots carried in."""
     from dla_kernels.memory.merging import capacity_merges

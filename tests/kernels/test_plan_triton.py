@@ -153,7 +153,13 @@ def test_any_length_gives_the_plan_of_the_token_loop(backbone, tokens):
 
 @pytest.mark.parametrize(
     "backbone,rule",
-    [("mamba2", "density"), ("gated_deltanet", "density"), ("mamba2", "oldest"), ("gated_deltanet", "random")],
+    [
+        ("mamba2", "density"),
+        ("gated_deltanet", "density"),
+        ("mamba2", "oldest"),
+        ("gated_deltanet", "random"),
+        ("mamba2", "mass"),
+    ],
 )
 def test_packed_plans_of_several_rows_equal_the_token_loop(backbone, rule):
     case = make_case(backbone, tokens=45, dtype=torch.float32, heads=2, key_heads=2, key_dim=9, value_dim=6)
@@ -339,6 +345,8 @@ def assert_same_merges(actual, boundary, score, begins, asked):
         *(("density", 8, 70, scores) for scores in ("spread", "near", "tied")),
         *(("density", 30, 110, scores) for scores in ("spread", "tied")),
         *(("density", 64, 170, scores) for scores in ("spread", "near")),
+        *(("mass", capacity, tokens, "spread") for capacity, tokens in ((2, 60), (8, 70), (64, 170))),
+        ("mass", 30, 110, "tied"),
         *(("oldest", capacity, 200, "spread") for capacity in (2, 8, 30, 64)),
         *(("random", capacity, tokens, "spread") for capacity, tokens in ((2, 70), (8, 90), (30, 120), (64, 200))),
     ],
@@ -359,7 +367,7 @@ def test_densities_that_are_not_near_are_chosen_in_float32_alone(monkeypatch):
     def refused(*args):
         raise AssertionError("the block is walked again")
 
-    monkeypatch.setattr(merging_triton, "_merge_by_exact_density", refused)
+    monkeypatch.setattr(merging_triton, "_merge_exactly", refused)
     boundary, score, begins = random_lists(90, "spread", seed=1)
     actual = capacity_merges_triton(boundary, score, begins, **lists(2, 8))
     assert_same_merges(actual, boundary, score, begins, lists(2, 8))

@@ -94,6 +94,7 @@ COVERING = [  # every backbone x policy, drift, capacity rule, closed x content,
     Setting("gated_deltanet", "fixed", key_heads=2),
     Setting("gated_deltanet", "dla", "token", "density", "frozen", content=True, value_dim=20),
     Setting("gated_deltanet", "dla", "update", "oldest", "transition", head_tau=True, key_heads=2),
+    Setting("gated_deltanet", "dla", "token", "mass", "transition", content=True),
     Setting("gated_deltanet", "dla", "update", "density", "transition", content=True, dtype=torch.float16),
 ]
 

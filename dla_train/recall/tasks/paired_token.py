@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dla_train.recall.tasks.drawing import distinct
 from dla_train.recall.tasks.errors import check_fields, reject
 from dla_train.recall.tasks.filler import FILLERS, filler_types
 from dla_train.recall.tasks.task import IGNORED, RecallBatch
+
+PLACEMENTS = ("anywhere", "together")
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ class PairedToken:
     overwritten: float = 0.0
     """Share of needles, to the nearest number, whose key is given twice: the value given last is the answer, and the
     one before is another."""
+    placement: str = "anywhere"
+    """Where needles lie: `anywhere`, or `together` in one stretch, itself anywhere, without filler between them."""
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("needles", "tokens", "keys", "queries", "filler_types", "run_tokens"), 1)
-        check_fields(self, {**counts, "values": 1}, {"filler": FILLERS})
+        check_fields(self, {**counts, "values": 1}, {"filler": FILLERS, "placement": PLACEMENTS})
         if self.keys < self.needles:
             reject(self, "keys", f"is less than needles={self.needles}", f"give keys={self.needles} or more")
         if not 0 <= self.overwritten <= 1:
@@ -76,12 +81,18 @@ class PairedToken:
         """Needles of a row whose value is given again."""
         return round(self.overwritten * self.needles)
 
+    def _places(self, rows: int, count: int, context: int, generator: torch.Generator) -> Tensor:
+        if self.placement == "anywhere":
+            return distinct(rows, count, context, generator)
+        first = torch.randint(context - count + 1, (rows, 1), generator=generator)
+        return first + distinct(rows, count, count, generator)
+
     def batch(self, rows: int, generator: torch.Generator) -> RecallBatch:
         """inputs [B, T, 2], targets [B, T]."""
         context, again = self.tokens - self.asked, self.rewrites
         keys = distinct(rows, self.needles, self.keys, generator)
         values = torch.randint(self.values, (rows, self.needles), generator=generator)
-        places = distinct(rows, self.needles + again, context, generator)
+        places = self._places(rows, self.needles + again, context, generator)
         # the first `again` needles have two places; they are no different from others, for keys and places are random
         one, other = places[:, :again], places[:, self.needles :]
         places = torch.cat([torch.maximum(one, other), places[:, again : self.needles], torch.minimum(one, other)], 1)

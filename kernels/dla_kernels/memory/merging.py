@@ -17,7 +17,9 @@ from torch import Tensor
 
 from dla_kernels.plan import NEVER
 
-CAPACITY_RULES = ("density", "oldest", "random")
+CAPACITY_RULES = ("density", "mass", "oldest", "random")
+"""Which adjacent pair a full memory merges: with the least score a token (the paper's), with the least sum of scores,
+the oldest, or a random one."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,11 @@ def _walk(
     arriving_entries = entries[..., capacity:].permute(2, 0, 1).contiguous()
     for entry, pair, label_sum, position_seen in _rows(arriving_entries, pairs, label_sums, seen):
         now.newest.copy_(entry)
-        if rule == "density":
+        if rule in ("density", "mass"):
             torch.sub(now.ends, now.begins, out=gap)
-            torch.div(score_gap, token_gap, out=density)
-            torch.argmin(density, dim=-1, out=pair)
+            if rule == "density":
+                torch.div(score_gap, token_gap, out=density)
+            torch.argmin(density if rule == "density" else score_gap, dim=-1, out=pair)
         elif rule == "random":
             pair.copy_(random_pair(position_seen, capacity - 1))
         torch.where(older.index_select(0, pair), now.slots, now.shifted, out=after.slots)

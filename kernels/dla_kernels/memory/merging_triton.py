@@ -3,9 +3,10 @@
 
 A list of at most S boundaries lives in one warp, a slot a lane, and takes one arriving boundary after the other; the
 lists of different heads and documents run side by side. Every boundary waits for the one before it, so what counts is
-the length of one step. Rule `oldest` needs none: the list is a queue. Rule `density` compares sums of scores in
-float32, with a known bound on their error, a block of boundaries at a time: where the bound leaves any choice of a
-block open, which includes every tie, the block is walked again in float64, as the reference computes.
+the length of one step. Rule `oldest` needs none: the list is a queue. Rule `mass` compares sums of scores in float64,
+as the reference does. Rule `density` divides them, which float64 makes slow: it compares in float32, with a known
+bound on the error, a block of boundaries at a time, and where the bound leaves any choice of a block open, which
+includes every tie, the block is walked again in float64.
 """
 
 from __future__ import annotations
@@ -136,8 +137,10 @@ def _merge_by_density(
 
 
 @triton.jit
-def _merge_by_exact_density(b_begin, b_prefix, b_arriving, b_arriving_prefix, n, S: tl.constexpr, L: tl.constexpr):
-    """The same from the sums of scores before each boundary, float64, ties to the oldest pair."""
+def _merge_exactly(
+    b_begin, b_prefix, b_arriving, b_arriving_prefix, n, RULE: tl.constexpr, S: tl.constexpr, L: tl.constexpr
+):
+    """By density or mass, from the sums of scores before each boundary, float64, ties to the oldest pair."""
     o_l = tl.arange(0, L)
     b_pair = tl.zeros([L], tl.int32)
     b_removed = tl.zeros([L], tl.int32)
@@ -145,10 +148,11 @@ def _merge_by_exact_density(b_begin, b_prefix, b_arriving, b_arriving_prefix, n,
         b_new, b_new_prefix = _at(b_arriving, i, L), _at(b_arriving_prefix, i, L)
         b_next = _shifted(b_begin, b_new, 1, S, L)
         b_next_prefix = _shifted(b_prefix, b_new_prefix, 1, S, L)
-        b_tokens = (_shifted(b_begin, b_new, 2, S, L) - b_begin).to(tl.float64)
-        b_density = (_shifted(b_prefix, b_new_prefix, 2, S, L) - b_prefix) / b_tokens
-        b_density = tl.where(o_l < S - 1, b_density, float("inf"))
-        i_pair = tl.min(tl.where(b_density == tl.min(b_density, 0), o_l, S - 2), 0)
+        b_cost = _shifted(b_prefix, b_new_prefix, 2, S, L) - b_prefix
+        if RULE == "density":
+            b_cost = b_cost / (_shifted(b_begin, b_new, 2, S, L) - b_begin).to(tl.float64)
+        b_cost = tl.where(o_l < S - 1, b_cost, float("inf"))
+        i_pair = tl.min(tl.where(b_cost == tl.min(b_cost, 0), o_l, S - 2), 0)
         b_pair = tl.where(o_l == i, i_pair, b_pair)
         b_removed = tl.where(o_l == i, _at(b_next, i_pair, L), b_removed)
         b_prefix = tl.where(o_l <= i_pair, b_prefix, b_next_prefix)
@@ -229,6 +233,12 @@ def capacity_walk_kernel(
                 b_pair = tl.zeros([L], tl.int32)
             elif RULE == "random":
                 b_begin, b_pair, b_removed = _merge_at_random(b_begin, b_arriving, i_document, n, S, L)
+            elif RULE == "mass":
+                b_live = tl.where(o_l < S, b_begin, 0)
+                b_prefix = _prefix_of(p_prefix, p_carried_start, p_carried_prefix, i_fill, b_live, L)
+                b_begin, b_pair, b_removed = _merge_exactly(
+                    b_begin, b_prefix, b_arriving, tl.load(p_prefix + b_arriving), n, RULE, S, L
+                )
             else:
                 b_following = tl.load(p_position + o_e + 1, mask=o_e + 1 < i_total, other=2**30)
                 b_after = tl.load(p_position + o_e + 2, mask=o_e + 2 < i_total, other=2**30)
@@ -254,8 +264,8 @@ def capacity_walk_kernel(
                     L,
                 )
                 if not certain:
-                    b_walked, b_pair, b_removed = _merge_by_exact_density(
-                        b_begin, b_prefix, b_arriving, b_arriving_prefix, n, S, L
+                    b_walked, b_pair, b_removed = _merge_exactly(
+                        b_begin, b_prefix, b_arriving, b_arriving_prefix, n, RULE, S, L
                     )
                 b_begin = b_walked
             tl.store(p_merged + b_arriving, b_pair.to(tl.int64), mask=m_n)

@@ -108,8 +108,10 @@ def _pair_to_merge(slots: list[list[float]], rule: str, position: int) -> int:
         return 0
     if rule == "random":
         return int(random_pair(torch.tensor(position), pairs))
-    density = [(a[1] + b[1]) / (a[2] + b[2]) for a, b in zip(slots, slots[1:], strict=False)]
-    return density.index(min(density))
+    mass = [a[1] + b[1] for a, b in zip(slots, slots[1:], strict=False)]
+    tokens = [a[2] + b[2] for a, b in zip(slots, slots[1:], strict=False)]
+    cost = mass if rule == "mass" else [m / n for m, n in zip(mass, tokens, strict=True)]
+    return cost.index(min(cost))
 
 
 def recurrent_mix(

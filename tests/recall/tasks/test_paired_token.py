@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dla_train.recall.tasks.errors import RecallError
 from dla_train.recall.tasks.filler import FILLERS
-from dla_train.recall.tasks.paired_token import PairedToken
+from dla_train.recall.tasks.paired_token import PLACEMENTS, PairedToken
 from dla_train.recall.tasks.streams import stream
 from dla_train.recall.tasks.task import IGNORED
 from tests.recall.tasks.bounds import within
@@ -30,6 +30,7 @@ def tasks(draw: st.DrawFn) -> PairedToken:
         filler_types=draw(st.integers(1, 5)),
         run_tokens=draw(st.integers(1, 6)),
         overwritten=share,
+        placement=draw(st.sampled_from(PLACEMENTS)),
     )
 
 
@@ -128,6 +129,18 @@ def test_needles_lie_anywhere_in_the_first_part_and_any_of_them_is_asked() -> No
     asked_needles = order.gather(1, place).flatten()
     assert all(within(int((asked_needles == n).sum()), 2000, 16 / 24) for n in range(1, 25))
     assert all(within(int((batch.targets[:, -1] == value).sum()), 2000, 1 / 64) for value in range(64))
+
+
+def test_needles_that_lie_together_are_one_stretch_that_begins_anywhere_in_any_order() -> None:
+    task = PairedToken(needles=3, tokens=11, keys=3, overwritten=0.34, placement="together")
+    filler, _ = filler_of(task, rows=4000)
+    first = filler.int().argmin(dim=1)
+    assert all(within(int((first == place).sum()), 4000, 1 / 5) for place in range(5))
+    offsets = torch.arange(8)[None] - first[:, None]
+    assert torch.equal(~filler, (offsets >= 0) & (offsets < 4))
+    keys = task.batch(4000, stream(1, "train")).inputs[:, :8, 0]
+    newest = keys.gather(1, first[:, None] + 3)[:, 0]
+    assert all(within(int((newest == key).sum()), 4000, 1 / 3) for key in range(3))
 
 
 def test_the_documented_ids_are_used_and_no_others() -> None:
