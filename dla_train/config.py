@@ -75,9 +75,9 @@ class MemoryConfig:
     """How far `tau_control: rate` moves tau after an optimizer step."""
     drift: str = "token"
     """What a token is scored on: `token` (its own write) or `update` (the state after its write)."""
-    capacity_rule: str = "density"
-    """Which adjacent pair merges when the cache is full: the one of least score a token (`density`, the paper's), of
-    least score in all (`mass`), the `oldest`, or a `random` one."""
+    capacity_rule: str = "mass"
+    """Which adjacent pair merges when the cache is full: the one of least score in all (`mass`), of least score a token
+    (`density`, the paper's), the `oldest`, or a `random` one."""
     interval_tokens: int = 64
     """Tokens between boundaries of the `fixed` policy."""
     levels: int = 15

@@ -42,7 +42,7 @@ def test_points_of_one_seed_differ_in_what_is_swept_alone(sweep) -> None:
 
 def test_the_command_line_overrides_the_sweeps_settings_and_baselines_override_both(sweep) -> None:
     points, configs = checked_points(*sweep("memory=dla_oldest"))
-    assert [configs[point.name].memory.capacity_rule for point in points] == ["density", "oldest", "oldest"]
+    assert [configs[point.name].memory.capacity_rule for point in points] == ["mass", "oldest", "oldest"]
     assert [configs[point.name].memory.policy for point in points] == ["single", "dla", "dla"]
     assert "optim.beta2=0.9" not in checked_points(*sweep("sweep.settings=['optim.beta2=0.9']"))[0][0].overrides
     assert all(sum(word.startswith("memory=") for word in point.overrides) == 1 for point in points)
