@@ -1,7 +1,7 @@
 """Numbers of a run: where they are written, how fast it is, where its time goes.
 
 metrics.jsonl is the record: one line per logged step, cut back to the resumed step after a restart, so that it reads as
-one uninterrupted run. TensorBoard and Weights & Biases get the same numbers. Only rank 0 writes.
+one uninterrupted run. TensorBoard and Weights & Biases get the same numbers, and histograms. Only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dla_train.config import Config, ConfigError
@@ -32,11 +34,23 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10"
 """Dense bfloat16 peak (V100: float16) by part of the device's name, TFLOP/s; data sheets, SXM parts."""
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of bins that follow one another."""
+
+    edges: list[float]
+    """Rising, one more than counts."""
+    counts: list[float]
+
+
 class Sink(Protocol):
     """Something that takes numbers."""
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         """Take the numbers of one step."""
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Take histograms of one step, by name."""
 
     def close(self) -> None:
         """Flush and end."""
@@ -54,6 +68,9 @@ class JsonLines:
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Nothing: of numbers, every head's are in memory.jsonl."""
 
     def close(self) -> None:
         self._file.close()
@@ -78,6 +95,22 @@ class TensorBoard:
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        for name, found in histograms.items():
+            edges, counts = np.array(found.edges), np.array(found.counts)
+            middles = (edges[:-1] + edges[1:]) / 2  # the sums that the format asks for are known to a bin's width
+            self._writer.add_histogram_raw(
+                name,
+                min=edges[0],
+                max=edges[-1],
+                num=counts.sum(),
+                sum=(counts * middles).sum(),
+                sum_squares=(counts * middles**2).sum(),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+                global_step=step,
+            )
 
     def close(self) -> None:
         self._writer.close()
@@ -112,6 +145,12 @@ class WeightsAndBiases:
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:
         self._run.log(numbers, step=step)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        import wandb
+
+        found = {name: wandb.Histogram(np_histogram=(one.counts, one.edges)) for name, one in histograms.items()}
+        self._run.log(found, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -83,12 +83,14 @@ class RunLog:
         return self._looks() and step % self._config.logging.memory_interval_steps == 0
 
     def memory(self, step: int, look: MemoryLook) -> None:
-        """Write the line of a look: every head's to memory.jsonl, its means to the sinks. Collective."""
+        """Write the line of a look: every head's to memory.jsonl, means and histograms to the sinks. Collective."""
         with self.clock.phase("exchange"):
-            numbers, heads = look.read()
-        self._write(step, numbers)
+            found = look.read()
+        self._write(step, found.numbers)
+        for sink in self._sinks:
+            sink.write_histograms(step, found.histograms)
         if self._heads is not None:
-            self._heads.write(step, heads)
+            self._heads.write(step, found.heads)
 
     def _looks(self) -> bool:
         return self._config.memory.policy != "none" and self._config.logging.memory_interval_steps > 0

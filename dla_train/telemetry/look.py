@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dla_train.metrics import Histogram
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.mixer import MemoryReading
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry.counts import placed_heads
-from dla_train.telemetry.sums import AGE_BINS, COLUMNS, SCORE_WIDTH, head_sums, named
+from dla_train.telemetry.sums import AGE_BINS, COLUMNS, SCORE_BINS, SCORE_WIDTH, head_sums, named
 
 RATIOS: dict[str, tuple[str, str]] = {
     "boundary_rate": ("boundaries", "decisions"),
@@ -35,6 +37,26 @@ RATIOS: dict[str, tuple[str, str]] = {
 SETTINGS = ("tau", "gain", "sharpness")
 """What a head has rather than does: a number of the reading each, where its policy and read form have it."""
 HISTOGRAMS = ("score_histogram", "slot_tokens_histogram", "merge_age_histogram")
+AGE_EDGES = [2.0**b for b in range(AGE_BINS + 1)]
+EDGES: dict[str, list[float]] = {
+    "score_histogram": [round(SCORE_WIDTH * b, 2) for b in range(SCORE_BINS + 1)],
+    "slot_tokens_histogram": AGE_EDGES,
+    "merge_age_histogram": AGE_EDGES,
+    "read_share_by_age": AGE_EDGES,
+}
+"""Histograms for the trackers, and the edges of their bins."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a look found."""
+
+    numbers: dict[str, float]
+    """For the trackers: of all layers, and of each."""
+    histograms: dict[str, Histogram]
+    """For the trackers: of each layer, where it counted anything."""
+    heads: dict[str, Any]
+    """Detail by head, for a file."""
 
 
 class MemoryLook:
@@ -60,13 +82,13 @@ class MemoryLook:
             if value is not None:
                 self._settings[layer, own, column] = value.double()
 
-    def read(self) -> tuple[dict[str, float], dict[str, Any]]:
-        """(numbers for the trackers, detail by head for a file), the same on every rank. Collective."""
+    def read(self) -> Looked:
+        """What was found, the same on every rank. Collective."""
         axes = self._mesh.axes
         found = self._mesh.sum(placed_heads(torch.cat([self._sums, self._settings], dim=-1), axes.tensor)).cpu()
         sums, settings = found.split([COLUMNS, len(SETTINGS)], dim=-1)
         values = {name: settings[..., SETTINGS.index(name)] / axes.data.size for name in self._has}
-        return numbers(sums, values), detail(sums, values)
+        return Looked(numbers(sums, values), histograms(sums, values), detail(sums, values))
 
 
 def numbers(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, float]:
@@ -85,6 +107,18 @@ def numbers(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, float]:
         flat[f"memory/{name}"] = float(values.mean())
         flat |= {f"memory/{name}/layer_{layer}": float(row.mean()) for layer, row in enumerate(values)}
     return flat
+
+
+def histograms(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, Histogram]:
+    """Of each layer, over its heads, of the arguments of `numbers`; those that count nothing are left out."""
+    of_layers = named(sums.sum(1))
+    found: dict[str, Histogram] = {}
+    for name, edges in EDGES.items():
+        if name == "score_histogram" and "tau" not in settings:
+            continue
+        for layer, counts in enumerate(of_layers[name].tolist()):
+            found |= {f"memory/{name}/layer_{layer}": Histogram(edges, counts)} if any(counts) else {}
+    return found
 
 
 def detail(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, Any]:

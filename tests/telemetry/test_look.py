@@ -183,7 +183,8 @@ def test_a_read_names_means_by_layer_and_every_head(tiny: MakeConfig) -> None:
     model = model_of(tiny)
     look = MemoryLook(model, ONE_RANK)
     model(TOKENS, OFFSETS, observe=look)
-    numbers, detail = look.read()
+    found = look.read()
+    numbers, detail = found.numbers, found.heads
     sums = named(look._sums)
     assert numbers["memory/merge_age_tokens"] == pytest.approx(float(sums["merge_age"].sum() / sums["merges"].sum()))
     rate = float(sums["boundaries"][1].sum() / sums["decisions"][1].sum())
@@ -196,6 +197,10 @@ def test_a_read_names_means_by_layer_and_every_head(tiny: MakeConfig) -> None:
     assert last["live_slots"] == pytest.approx(float(sums["slots"][1, 1] / sums["samples"][1, 1]), rel=1e-4)
     assert sum(last["read_share_by_age"]) == pytest.approx(1, abs=1e-3)
     assert last["score_histogram"] == sums["score_histogram"][1, 1].tolist()
+    layer = found.histograms["memory/score_histogram/layer_1"]
+    assert layer.counts == sums["score_histogram"][1].sum(0).tolist() and layer.edges[:2] == [0, 0.05]
+    assert layer.edges[-1] == 2 and len(found.histograms) == 2 * 4
+    assert found.histograms["memory/read_share_by_age/layer_0"].edges[:3] == [1, 2, 4]
     assert (last["tau"], last["gain"]) == pytest.approx((1.35, 0.7)) and len(detail["age_bins_from_tokens"]) == AGE_BINS
 
 
@@ -204,7 +209,10 @@ def test_a_policy_that_does_not_score_has_no_scores_taus_or_gates(tiny: MakeConf
         model = build_model(tiny(f"memory={memory}"), "cpu")
         look = MemoryLook(model, ONE_RANK)
         model(TOKENS, observe=look)
-        numbers, detail = look.read()
+        found = look.read()
+        numbers, detail = found.numbers, found.heads
+        assert not [name for name in found.histograms if "score" in name]
+        assert "memory/slot_tokens_histogram/layer_0" in found.histograms
         assert not [name for name in numbers if "score" in name or "tau" in name or "gate" in name]
         assert "tau" not in detail["heads"][0]
         assert ("gain" in detail["heads"][0]) == ("memory/sharpness" in numbers) == (memory == "fixed")

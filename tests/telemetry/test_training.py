@@ -51,9 +51,13 @@ def test_looks_come_at_multiples_of_their_interval_in_the_first_micro_batch(tiny
     lines = looks_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [3, 6]
     assert [step for step, _ in numbers_of(tmp_path / "run", "memory/boundary_rate/layer_1")] == [3, 6]
-    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("memory/read_evenness/layer_0")] == [3, 6]
+    of_tracker = events.Histograms("memory/score_histogram/layer_1")
+    assert [event.step for event in of_tracker] == [3, 6]
+    of_heads = [sum(head["score_histogram"]) for head in lines[1]["heads"] if head["layer"] == 1]
+    assert of_tracker[1].histogram_value.num == sum(of_heads)
     decisions = [sum(head["score_histogram"]) for head in lines[0]["heads"]]
     assert len(decisions) == 4 and min(decisions) > 4 * 32 * 0.7 and max(decisions) <= 4 * 31
 

@@ -5,13 +5,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dla_train import metrics
 from dla_train.config import Config
-from dla_train.metrics import JsonLines, PhaseClock, TensorBoard, WeightsAndBiases, read_lines
+from dla_train.metrics import Histogram, JsonLines, PhaseClock, TensorBoard, WeightsAndBiases, read_lines
 
 
 def test_lines_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
@@ -79,10 +80,13 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
 
     sink = TensorBoard(tmp_path, resumed_step=0)
     sink.write(7, {"loss": 1.5})
+    sink.write_histograms(7, {"ages": Histogram([0, 1, 3], [4, 2])})
     sink.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 1.5)]
+    ages = events.Histograms("ages")[0].histogram_value
+    assert (ages.num, ages.sum, ages.bucket_limit, ages.bucket) == (6, 6, [1, 3], [4, 2])
 
 
 def test_wandb_without_a_network_goes_offline_and_says_so(
@@ -103,8 +107,13 @@ def test_wandb_without_a_network_goes_offline_and_says_so(
     config = tiny("logging.wandb=true", "logging.wandb_group=a sweep", f"run_dir={tmp_path}")
     with caplog.at_level(logging.WARNING, logger="dla_train"):
         sink = WeightsAndBiases(config)
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(sink._run, "log", lambda numbers, step: logged.update({"step": step, **numbers}))
     sink.write(1, {"loss": 1.0})
+    sink.write_histograms(1, {"ages": Histogram([0, 1, 3], [4, 2])})
     sink.close()
+    assert (logged["step"], logged["loss"]) == (1, 1.0)
+    assert (logged["ages"].histogram, logged["ages"].bins) == ([4, 2], [0, 1, 3])
     assert modes == [None, "offline"]
     assert "offline" in caplog.text and "no network" in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*"))
