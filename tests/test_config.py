@@ -356,7 +356,8 @@ def test_the_paper_runs_follow_the_paper() -> None:
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (4e-4, 0.1, 1.0)
     tokens = config.train.steps * config.train.global_batch_rows * config.data.context_tokens
     assert tokens == pytest.approx(50e9, rel=1e-4)
-    assert compose(["experiment=paper_mamba2_780m_dla", "memory=dla_slot"]).memory.read == "slot"
+    paper = compose(["experiment=paper_mamba2_780m_dla", "memory=dla_paper"]).memory
+    assert (paper.read, paper.capacity_rule) == ("slot", "density")
 
 
 def test_paired_runs_differ_in_their_memory_only() -> None:
