@@ -59,6 +59,7 @@ class Layer:
     capacity: int = 30
     closed_slots: str = "transition"
     drift: str = "token"
+    capacity_rule: str = "mass"
     chunk: int | None = None
     tokens: int = 16384
 
@@ -68,8 +69,10 @@ LAYERS = (
     Layer("mamba2_780m frozen", 48, 1, 128, 64, gated=False, closed_slots="frozen"),
     Layer("gated_deltanet_1300m", 6, 6, 192, 384, gated=True),
     Layer("gated_deltanet_1300m frozen", 6, 6, 192, 384, gated=True, closed_slots="frozen", drift="update"),
+    Layer("gated_deltanet_1300m density", 6, 6, 192, 384, gated=True, capacity_rule="density"),
     Layer("gated_deltanet 128, 8 slots, C 64", 16, 16, 128, 128, gated=True, capacity=8, chunk=64),
     Layer("largest: 256 x 512, 64 slots, C 64", 4, 2, 256, 512, gated=True, capacity=64, chunk=64),
+    Layer("largest, density", 4, 2, 256, 512, gated=True, capacity=64, chunk=64, capacity_rule="density"),
 )
 
 
@@ -104,7 +107,7 @@ def build(launch: Launch, architecture: int) -> Resources:
 
     names = list(inspect.signature(launch.kernel.fn).parameters)
     values = dict(zip(names, launch.args, strict=False)) | launch.constants
-    options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+    options = {name: values.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in values}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
         value = values[name]
@@ -152,7 +155,16 @@ def record(layer: Layer, architecture: int) -> list[Launch]:
         channels = layer.heads * layer.value_dim
         mixed = short_conv(tensor(1, layer.tokens, channels), tensor(channels, 4), backend="triton")
         plan = plan_memory(
-            k, v, log_decay, beta, tau=tau, capacity=layer.capacity, drift=layer.drift, score_gradients=True, **options
+            k,
+            v,
+            log_decay,
+            beta,
+            tau=tau,
+            capacity=layer.capacity,
+            drift=layer.drift,
+            capacity_rule=layer.capacity_rule,
+            score_gradients=True,
+            **options,
         )
         gates = boundary_gate(boundary_score(k, v, plan), plan, tau=tau, temperature=0.1)
         affinity = slot_affinity(q, k, plan, **options)
@@ -185,8 +197,8 @@ def _record_step(layer: Layer, gain: Tensor, sharpness: Tensor, tau: Tensor) -> 
     dla_step(
         q, k, tensor(layer.heads, layer.value_dim), log_decay, log_decay if layer.gated else None,
         read_weights=tensor(layer.heads, layer.capacity, dtype=torch.float32), tau=tau, cache=cache,
-        drift=layer.drift, closed_slots=layer.closed_slots, rho=q, kappa=k, gain=gain, sharpness=sharpness,
-        backend="triton",
+        drift=layer.drift, capacity_rule=layer.capacity_rule, closed_slots=layer.closed_slots, rho=q, kappa=k,
+        gain=gain, sharpness=sharpness, backend="triton",
     )  # fmt: skip
 
 

@@ -345,8 +345,8 @@ def assert_same_merges(actual, boundary, score, begins, asked):
         *(("density", 8, 70, scores) for scores in ("spread", "near", "tied")),
         *(("density", 30, 110, scores) for scores in ("spread", "tied")),
         *(("density", 64, 170, scores) for scores in ("spread", "near")),
-        *(("mass", capacity, tokens, "spread") for capacity, tokens in ((2, 60), (8, 70), (64, 170))),
-        ("mass", 30, 110, "tied"),
+        *(("mass", 8, 70, scores) for scores in ("spread", "near", "tied")),
+        *(("mass", capacity, tokens, "spread") for capacity, tokens in ((2, 60), (30, 110), (64, 170))),
         *(("oldest", capacity, 200, "spread") for capacity in (2, 8, 30, 64)),
         *(("random", capacity, tokens, "spread") for capacity, tokens in ((2, 70), (8, 90), (30, 120), (64, 200))),
     ],
@@ -363,18 +363,19 @@ def test_merges_equal_the_token_loop(rule, capacity, tokens, scores):
     assert capacity > 8 or (expected.carried_death < tokens).any()
 
 
-def test_densities_that_are_not_near_are_chosen_in_float32_alone(monkeypatch):
+@pytest.mark.parametrize("rule", ["density", "mass"])
+def test_pairs_that_are_not_near_are_chosen_in_float32_alone(monkeypatch, rule):
     def refused(*args):
         raise AssertionError("the block is walked again")
 
     monkeypatch.setattr(merging_triton, "_merge_exactly", refused)
     boundary, score, begins = random_lists(90, "spread", seed=1)
-    actual = capacity_merges_triton(boundary, score, begins, **lists(2, 8))
-    assert_same_merges(actual, boundary, score, begins, lists(2, 8))
-    # densities that differ by a few errors of float32 are looked at again, like those that tie
+    actual = capacity_merges_triton(boundary, score, begins, **lists(2, 8, rule))
+    assert_same_merges(actual, boundary, score, begins, lists(2, 8, rule))
+    # what differs by a few errors of float32 is looked at again, like what ties
     for near in (torch.ones(90), 1 + 4e-6 * torch.arange(90)):
         with pytest.raises(Exception, match="walked again"):
-            capacity_merges_triton(boundary, near.expand_as(score), begins, **lists(2, 8))
+            capacity_merges_triton(boundary, near.expand_as(score), begins, **lists(2, 8, rule))
 
 
 def test_equal_scores_merge_the_oldest_pair():

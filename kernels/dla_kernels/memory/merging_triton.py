@@ -3,10 +3,9 @@
 
 A list of at most S boundaries lives in one warp, a slot a lane, and takes one arriving boundary after the other; the
 lists of different heads and documents run side by side. Every boundary waits for the one before it, so what counts is
-the length of one step. Rule `oldest` needs none: the list is a queue. Rule `mass` compares sums of scores in float64,
-as the reference does. Rule `density` divides them, which float64 makes slow: it compares in float32, with a known
-bound on the error, a block of boundaries at a time, and where the bound leaves any choice of a block open, which
-includes every tie, the block is walked again in float64.
+the length of one step. Rule `oldest` needs none: the list is a queue. Rules `mass` and `density` compare sums of scores
+in float32, with a known bound on their error, a block of boundaries at a time: where the bound leaves any choice of a
+block open, which includes every tie, the block is walked again in float64, as the reference computes.
 """
 
 from __future__ import annotations
@@ -87,6 +86,36 @@ def _two_on(b_x, b_arriving, b_following, S: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
+def _merge_by_mass(b_begin, b_sum, b_arriving, b_arriving_sum, n, S: tl.constexpr, L: tl.constexpr):
+    """Take n arriving boundaries. sum: of a slot's scores, float32. Returns the list after, the pairs merged and the
+    boundaries removed [L], and whether every choice is certain.
+
+    The bits of a float32 that is not negative are ordered like the numbers, so that one minimum over bits whose low
+    ones name the lane finds value and pair. A sum is of at most L + 1 rounded float32: its error is below L + 3 units
+    of its last place, the lane's bits are less than L more. A choice is certain if no other sum lies within 8 L.
+    """
+    BITS: tl.constexpr = 5 if L == 32 else 6
+    o_l = tl.arange(0, L)
+    b_pair = tl.zeros([L], tl.int32)
+    b_removed = tl.zeros([L], tl.int32)
+    b_near = tl.zeros([L], tl.int32)
+    for i in range(n):
+        b_next = _shifted(b_begin, _at(b_arriving, i, L), 1, S, L)
+        b_next_sum = _shifted(b_sum, _at(b_arriving_sum, i, L), 1, S, L)
+        b_both = b_sum + b_next_sum
+        b_key = ((b_both.to(tl.int32, bitcast=True) >> BITS) << BITS) + o_l
+        b_key = tl.where(o_l < S - 1, b_key, 2**31 - 1)
+        i_least = tl.min(b_key, 0)
+        i_pair = i_least & (L - 1)
+        b_near += ((b_key - i_least) < (8 << BITS)).to(tl.int32)
+        b_pair = tl.where(o_l == i, i_pair, b_pair)
+        b_removed = tl.where(o_l == i, _at(b_next, i_pair, L), b_removed)
+        b_sum = tl.where(o_l < i_pair, b_sum, tl.where(o_l == i_pair, b_both, b_next_sum))
+        b_begin = tl.where(o_l <= i_pair, b_begin, b_next)
+    return b_begin, b_pair, b_removed, tl.sum(b_near, 0) == n
+
+
+@triton.jit
 def _density(b_sum, b_tokens):
     """2 + scores a token, at most 4: in [2, 4] a float32 counts 2^-22 ths. What is no number becomes a tie."""
     return tl.minimum(b_sum / b_tokens.to(tl.float32), 2.0) + 2.0
@@ -97,10 +126,9 @@ def _merge_by_density(
     b_begin, b_sum, b_density, b_arriving, b_following, b_arriving_sum, b_arriving_density, n,
     S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Take n arriving boundaries, each followed by the one in b_following; scores lie in [0, 2].
+    """The same by density, each boundary followed by the one in b_following; scores lie in [0, 2].
 
-    sum: of a slot's scores; density: `_density` of a slot and the next one. Returns the list after, the pairs merged
-    and the boundaries removed [L], and whether every choice is certain.
+    density: `_density` of a slot and the next one.
 
     Merging slots j and j + 1 changes the densities of the pairs j - 1 and j alone, and makes either a density of three
     slots in a row as they were. Those of all triples are made while the least pair is still looked for: one step waits
@@ -233,36 +261,37 @@ def capacity_walk_kernel(
                 b_pair = tl.zeros([L], tl.int32)
             elif RULE == "random":
                 b_begin, b_pair, b_removed = _merge_at_random(b_begin, b_arriving, i_document, n, S, L)
-            elif RULE == "mass":
-                b_live = tl.where(o_l < S, b_begin, 0)
-                b_prefix = _prefix_of(p_prefix, p_carried_start, p_carried_prefix, i_fill, b_live, L)
-                b_begin, b_pair, b_removed = _merge_exactly(
-                    b_begin, b_prefix, b_arriving, tl.load(p_prefix + b_arriving), n, RULE, S, L
-                )
             else:
                 b_following = tl.load(p_position + o_e + 1, mask=o_e + 1 < i_total, other=2**30)
-                b_after = tl.load(p_position + o_e + 2, mask=o_e + 2 < i_total, other=2**30)
                 b_arriving_prefix = tl.load(p_prefix + b_arriving)
                 b_following_prefix = tl.load(p_prefix + b_following, mask=o_e + 1 < i_total, other=0.0)
-                b_after_prefix = tl.load(p_prefix + b_after, mask=o_e + 2 < i_total, other=0.0)
                 b_live = tl.where(o_l < S, b_begin, 0)
                 b_prefix = _prefix_of(p_prefix, p_carried_start, p_carried_prefix, i_fill, b_live, L)
                 b_next_prefix = _shifted(b_prefix, _at(b_arriving_prefix, 0, L), 1, S, L)
-                b_walked, b_pair, b_removed, certain = _merge_by_density(
-                    b_begin,
-                    tl.where(o_l < S, b_next_prefix - b_prefix, 0.0).to(tl.float32),
-                    _density(
-                        (_two_on(b_prefix, b_arriving_prefix, b_following_prefix, S, L) - b_prefix).to(tl.float32),
-                        _two_on(b_begin, b_arriving, b_following, S, L) - b_begin,
-                    ),
-                    b_arriving,
-                    b_following,
-                    (b_following_prefix - b_arriving_prefix).to(tl.float32),
-                    _density((b_after_prefix - b_arriving_prefix).to(tl.float32), b_after - b_arriving),
-                    n,
-                    S,
-                    L,
-                )
+                b_sum = tl.where(o_l < S, b_next_prefix - b_prefix, 0.0).to(tl.float32)
+                b_arriving_sum = (b_following_prefix - b_arriving_prefix).to(tl.float32)
+                if RULE == "mass":
+                    b_walked, b_pair, b_removed, certain = _merge_by_mass(
+                        b_begin, b_sum, b_arriving, b_arriving_sum, n, S, L
+                    )
+                else:
+                    b_after = tl.load(p_position + o_e + 2, mask=o_e + 2 < i_total, other=2**30)
+                    b_after_prefix = tl.load(p_prefix + b_after, mask=o_e + 2 < i_total, other=0.0)
+                    b_walked, b_pair, b_removed, certain = _merge_by_density(
+                        b_begin,
+                        b_sum,
+                        _density(
+                            (_two_on(b_prefix, b_arriving_prefix, b_following_prefix, S, L) - b_prefix).to(tl.float32),
+                            _two_on(b_begin, b_arriving, b_following, S, L) - b_begin,
+                        ),
+                        b_arriving,
+                        b_following,
+                        b_arriving_sum,
+                        _density((b_after_prefix - b_arriving_prefix).to(tl.float32), b_after - b_arriving),
+                        n,
+                        S,
+                        L,
+                    )
                 if not certain:
                     b_walked, b_pair, b_removed = _merge_exactly(
                         b_begin, b_prefix, b_arriving, b_arriving_prefix, n, RULE, S, L
