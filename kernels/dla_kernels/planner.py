@@ -73,11 +73,11 @@ def plan_memory(
     """Decide which slots exist at every token (arXiv 2606.10650; docs/dla.md sections 2, 3 and 6). No gradients.
 
     k [B,T,Hk,K], v [B,T,H,V]; log_decay, beta [B,T,H] (beta None: mamba2); tau a float or [H]; capacity K slots;
-    capacity_rule which pair a full memory merges, `density` (the paper's), `mass`, `oldest` or `random` (what each is:
-    docs/dla.md section 2.3); `interval` tokens between boundaries of policy `fixed`; cu_seqlens [M+1] offsets of packed documents into the
-    flattened B*T tokens; with `cache` the first document of each row goes on from it. With capacity 1, boundaries
-    would do nothing and are not made. score_gradients keeps what `boundary_score` needs. Raises ValueError on shapes,
-    names or a context beyond the policy's reach.
+    capacity_rule which pair a full memory merges: `density` (the paper's), `mass`, `oldest` or `random` (docs/dla.md
+    section 2.3); `interval` tokens between boundaries of policy `fixed`; cu_seqlens [M+1] offsets of packed documents
+    into the flattened B*T tokens; with `cache` the first document of each row goes on from it. With capacity 1,
+    boundaries would do nothing and are not made. score_gradients keeps what `boundary_score` needs. Raises ValueError
+    on shapes, names or a context beyond the policy's reach.
     """
     check_inputs(k, v, log_decay, beta)
     check_choices(policy, drift, capacity_rule, capacity, interval)
