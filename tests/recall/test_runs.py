@@ -18,6 +18,7 @@ from dla_train.recall.comparison import compare_arms
 from dla_train.recall.report import tables, write_page
 from dla_train.recall.results import read_results, write_results
 from dla_train.recall.runs import Run, StudyRuns, best_rate, run_study, tuning_accuracies
+from dla_train.recall.settings import compose
 from dla_train.recall.training import Judgement
 
 
@@ -79,6 +80,15 @@ def test_a_learning_rate_at_which_a_tuning_run_failed_is_not_chosen_for_the_othe
     found = tuning_accuracies(planned, ended_runs)[arm.name]
     assert found == {1e-3: {8: 0.5, 9: 0.5}, 1e-2: {8: 0.9, 9: 0.0}}
     assert best_rate(found) == 1e-3
+
+
+def test_what_is_kept_was_run_at_the_rates_that_tuning_chose():
+    folder = Path(__file__).parents[2] / "docs" / "results" / "recall"
+    study, tuning = read_results(folder / "paired_token_tuning.json")
+    assert compose(["study=paired_token"]).rates == tuning.rates
+    assert read_results(folder / "paired_token.json")[1].results == tuning.results
+    assert {name: best_rate(tried) for name, tried in tuning.tuning.items()} == tuning.rates
+    assert len(study.tuning_seeds) == 2
 
 
 def test_a_finished_study_is_read_and_not_run_again(ended, monkeypatch):
