@@ -64,7 +64,7 @@ bench-train: $(STAMP)  ## Measure training steps on one GPU; writes docs/results
 	$(BIN)/python -m dla_train.bench training
 	$(BIN)/python -m dla_train.bench render
 
-recall: $(STAMP)  ## Compare memories on a recall task (half an hour or more)
+recall: $(STAMP)  ## Compare memories on a recall task (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m dla_train.recall.command study=paired_token
 
 recall-gpu: $(STAMP)  ## The same on multi-query recall, on one GPU

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_kernels import MergeCache, dla_attention, dla_step, plan_memory
-from dla_kernels.bench.inputs import TAU, LayerInputs, Shape, layer_inputs
+from dla_kernels.bench.inputs import CAPACITY_RULE, TAU, LayerInputs, Shape, layer_inputs
 from dla_kernels.bench.layers import SHARPNESS
 from dla_kernels.bench.measure import Stopwatch, outcome, summary
 
@@ -42,7 +42,9 @@ def prefill(
     shape: Shape, inputs: LayerInputs, capacity: int, cache: MergeCache | None, backend: str | None
 ) -> MergeCache:
     """The cache after more tokens, with routing keys for content reads."""
-    plan = plan_memory(*inputs.keys, tau=TAU, capacity=capacity, cache=cache, backend=backend)
+    plan = plan_memory(
+        *inputs.keys, tau=TAU, capacity=capacity, capacity_rule=CAPACITY_RULE, cache=cache, backend=backend
+    )
     weights = torch.ones(*inputs.v.shape[:3], capacity, device=inputs.v.device)
     read = dla_attention(
         inputs.q,
@@ -89,6 +91,7 @@ class Decoder:
                 read_weights=weights,
                 tau=TAU,
                 cache=cache,
+                capacity_rule=CAPACITY_RULE,
                 scale=shape.scale,
                 rho=q,
                 kappa=k,

@@ -17,6 +17,8 @@ REPEATED = 0.25
 """Share of tokens that resemble the one before."""
 TAU = 0.6
 """The paper's threshold."""
+CAPACITY_RULE = "mass"
+"""Which pair merges, as the models have it."""
 SPARSE_RATE = 0.1
 """Boundaries per token of the second regime."""
 

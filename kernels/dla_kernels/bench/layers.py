@@ -25,7 +25,7 @@ from dla_kernels import (
     plan_memory,
     slot_affinity,
 )
-from dla_kernels.bench.inputs import LayerInputs, Shape
+from dla_kernels.bench.inputs import CAPACITY_RULE, LayerInputs, Shape
 from dla_kernels.bench.measure import brief
 
 CAPACITIES = (30, 8)
@@ -127,6 +127,7 @@ class MemoryLayer:
                 tau=self.tau,
                 capacity=self.capacity,
                 policy=self.arm.family,
+                capacity_rule=CAPACITY_RULE,
                 score_gradients=gated,
                 backend=self.backend,
             )
