@@ -23,7 +23,7 @@ def test_settings_of_the_command_line_win_over_the_study():
         (["seeds=[1000]", "tuning_seeds=[1000,1001]"], r"tuning_seeds=.* has \[1000\], which are of seeds too"),
         (["tuning_seeds=[]"], "tuning_seeds=.* at least one"),
         (["seeds=[-1]"], "has one below 0"),
-        (["+rates.mamba2_single=0"], "rates.mamba2_single=0.0 must be above 0"),
+        (["rates.mamba2_single=0"], "rates.mamba2_single=0.0 must be above 0"),
         (["learning_rates=[0.0]"], "at least one rate above 0"),
         (["easy=needles_5"], "easy=needles_5 is none of parts"),
         (["baseline=none_such"], "baseline=none_such is none of memories"),
