@@ -3,7 +3,7 @@
   dla-recall                                             # configs/study/paired_token.yaml; the same command goes on
   dla-recall study=ablation seeds=[0,1,2] processes=2    # another study
   dla-recall study=paired_token steps=500 seeds=[0] output=runs/quick
-  dla-recall probe                                       # no training: who isolates needles, in seconds
+  dla-recall probe                                       # no training: who isolates needles, how memories fill
   dla-recall render docs/results/recall docs/images      # the pages and pictures of every NAME.json in a folder
 
 Writes NAME.json, NAME.md and two pictures into `output`, and one JSON a run into its folder `runs`. Exit code 0, 1
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from dla_train.config import ConfigError
-from dla_train.recall.probe import probe_table
+from dla_train.recall.probe import merge_table, probe_table
 from dla_train.recall.report import write_page
 from dla_train.recall.results import read_results, write_results
 from dla_train.recall.runs import output_folder, run_study
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__ + "\n".join(f"  {item.name}" for item in dataclasses.fields(StudyConfig)))
         return 0
     if words == ["probe"]:
-        print(probe_table())
+        print(probe_table(), merge_table(), sep="\n\n")
         return 0
     before = signal.signal(signal.SIGTERM, _stop)
     try:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_kernels import content_read_weights, dla_attention, plan_memory, slot_affinity
+from dla_kernels.memory.merging import CAPACITY_RULES
 from dla_train.recall.tasks.paired_token import PairedToken
 from dla_train.recall.tasks.streams import stream
 
@@ -129,4 +130,25 @@ def probe_table(needles: Sequence[int] = NEEDLES, rows: int = 32, seed: int = 0)
         for arm in ARMS:
             cells = [f"{100 * probe(arm, backbone, one):.1f}" for one in made]
             lines.append(f"| {backbone} | {arm.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def merge_table(tokens: Sequence[int] = (256, 1024), rows: int = 8, seed: int = 0) -> str:
+    """How evenly each rule fills a memory with tokens that have nothing in common, in Markdown."""
+    lines = [f"Tokens in the longest of {CAPACITY} slots after unrelated tokens, mean of {rows} rows.", ""]
+    lines += ["| capacity_rule | " + " | ".join(f"{count} tokens" for count in tokens) + " |"]
+    lines += ["|---" * (1 + len(tokens)) + "|"]
+    for rule in CAPACITY_RULES:
+        cells = []
+        for count in tokens:
+            generator = stream(seed, "held_out")
+            k = F.normalize(torch.randn(rows, count, 1, KEY_DIM, generator=generator), dim=-1)
+            v = torch.randn(rows, count, 1, VALUE_DIM, generator=generator)
+            decay = torch.zeros(rows, count, 1)
+            plan = plan_memory(k, v, decay, tau=TAU, capacity=CAPACITY, capacity_rule=rule)
+            starts = plan.slot_starts()[:, -1, 0]
+            ends = torch.cat([starts[:, 1:], torch.full((rows, 1), count)], dim=1)
+            cells.append(f"{(ends - starts).amax(1).float().mean():.0f}")
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

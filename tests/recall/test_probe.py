@@ -2,7 +2,8 @@
 
 import pytest
 
-from dla_train.recall.probe import ARMS, SHARPNESS, TOKENS, ProbeArm, probe, probe_rows, probe_table
+from dla_kernels.memory.merging import CAPACITY_RULES
+from dla_train.recall.probe import ARMS, SHARPNESS, TOKENS, ProbeArm, merge_table, probe, probe_rows, probe_table
 
 BY_NAME = {arm.name: arm for arm in ARMS}
 BACKBONES = ("mamba2", "gated_deltanet")
@@ -57,3 +58,10 @@ def test_the_table_has_a_row_for_every_memory_and_the_same_digits_each_time():
     assert table == probe_table(needles=(4,), rows=4)
     assert table.count("\n") == 3 + 2 * len(ARMS)
     assert ProbeArm("single", "single").by_content is False and SHARPNESS > 0
+
+
+def test_slots_stay_even_by_mass_and_what_is_old_gathers_in_one_by_density():
+    lines = merge_table(tokens=(256,), rows=4).splitlines()[4:]
+    longest = {rule.strip(): float(tokens) for _, rule, tokens, _ in (line.split("|") for line in lines)}
+    assert set(longest) == set(CAPACITY_RULES)
+    assert longest["mass"] < 20 < longest["random"] < longest["density"] < longest["oldest"] < 257
