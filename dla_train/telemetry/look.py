@@ -36,7 +36,6 @@ RATIOS: dict[str, tuple[str, str]] = {
 """Numbers of a look, each a sum over another (docs/diagnostics.md); one without anything counted is left out."""
 SETTINGS = ("tau", "gain", "sharpness")
 """What a head has rather than does: a number of the reading each, where its policy and read form have it."""
-HISTOGRAMS = ("score_histogram", "slot_tokens_histogram", "merge_age_histogram")
 AGE_EDGES = [2.0**b for b in range(AGE_BINS + 1)]
 EDGES: dict[str, list[float]] = {
     "score_histogram": [round(SCORE_WIDTH * b, 2) for b in range(SCORE_BINS + 1)],
@@ -130,7 +129,7 @@ def detail(sums: Tensor, settings: Mapping[str, Tensor]) -> dict[str, Any]:
         record: dict[str, Any] = {"layer": layer, "head": head}
         record |= {name: _short(float(values[layer, head])) for name, values in settings.items()}
         record |= {name: _short(float(own[p] / own[w])) for name, (p, w) in RATIOS.items() if own[w]}
-        record |= {name: [_short(x) for x in own[name].tolist()] for name in HISTOGRAMS}
+        record |= {name: [_short(x) for x in own[name].tolist()] for name in EDGES if name != "read_share_by_age"}
         shares = own["read_share_by_age"] / own["samples"].clamp_min(1)
         record["read_share_by_age"] = [_short(x) for x in shares.tolist()]
         heads.append(record)

@@ -85,18 +85,6 @@ def test_merges_of_a_worked_example():
         assert merges.death.flatten().tolist()[1:4] == [3, 5, 4]
 
 
-def test_mass_keeps_slots_balanced_where_density_gathers_what_is_old_in_one():
-    """Unrelated tokens, as in text: a merged slot's score a token is no higher than before, its sum is."""
-    k, v = (torch.randn(8, 256, 1, dim, generator=torch.Generator().manual_seed(dim)) for dim in (16, 32))
-    keys, longest = torch.nn.functional.normalize(k, dim=-1), {}
-    for rule in ("density", "mass"):
-        asked = {"tau": 0.6, "capacity": 30, "capacity_rule": rule}
-        starts = dk.plan_memory(keys, v, torch.zeros(8, 256, 1), **asked).slot_starts()[:, -1, 0]
-        assert (starts >= 0).all(), "every slot is used"
-        longest[rule] = torch.cat([starts, torch.full((8, 1), 256)], dim=-1).diff(dim=-1).amax(-1).float().mean()
-    assert longest["density"] > 128 and longest["mass"] < 20
-
-
 @pytest.mark.parametrize("rule", ["density", "mass", "oldest", "random"])
 def test_merges_of_long_documents_of_different_length_equal_the_token_loop(rule):
     """Hundreds of merges a list, lists that end at different times, and slots carried in."""

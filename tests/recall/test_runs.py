@@ -76,8 +76,7 @@ def test_a_learning_rate_at_which_a_tuning_run_failed_is_not_chosen_for_the_othe
     planned = [Run(arm, rate, seed, "tuning") for seed in (8, 9) for rate in (1e-3, 1e-2)]
     good = dataclasses.replace(result, parts={"few": Judgement(0.9, 1.0, None)})
     fair = dataclasses.replace(result, parts={"few": Judgement(0.5, 1.0, None)})
-    ended_runs = list(zip(planned, [fair, good, fair, None], strict=True))[:3]
-    found = tuning_accuracies(planned, ended_runs)[arm.name]
+    found = tuning_accuracies(planned, zip(planned[:3], [fair, good, fair], strict=True))[arm.name]
     assert found == {1e-3: {8: 0.5, 9: 0.5}, 1e-2: {8: 0.9, 9: 0.0}}
     assert best_rate(found) == 1e-3
 
