@@ -1,12 +1,19 @@
-"""Kernels run in Triton's interpreter on the CPU; it reads this variable when a kernel is first imported."""
+"""What every test process begins with. Triton reads its variable when a kernel is first imported."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
+"""Where transformers puts code of model folders that it imports: one place a process, and not the user's."""
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

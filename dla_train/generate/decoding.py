@@ -79,9 +79,10 @@ def prefill(
     logits = None
     for piece in tokens.split(chunk_tokens, dim=1):
         if piece.shape[1]:
-            out = model(piece, caches=caches, return_caches=True)
+            last = torch.arange(1, len(piece) + 1, device=piece.device) * piece.shape[1] - 1
+            out = model(piece, caches=caches, return_caches=True, positions=last)
             assert out.caches is not None
-            logits, caches = out.logits[:, -1], out.caches
+            logits, caches = out.logits, out.caches
     if logits is None:
         raise GenerationError("the prompt is empty; give at least one token")
     return logits, caches

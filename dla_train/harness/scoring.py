@@ -57,14 +57,17 @@ def score(
         if rows is None:
             yield []
             continue
-        logits = model(padded(rows, device)).logits
         indices = [(row, index) for row, inputs in enumerate(rows) for index in users[inputs]]
         places = [
-            (row, len(rows[row]) - len(requests[index].targets) + offset, target, number)
+            (row * len(rows[0]) + len(rows[row]) - len(requests[index].targets) + offset, target, number)
             for number, (row, index) in enumerate(indices)
             for offset, target in enumerate(requests[index].targets)
         ]
-        yield list(zip([index for _, index in indices], _scores(logits, places, len(indices)), strict=True))
+        positions, targets, owners = torch.tensor(places, device=device).unbind(-1)
+        asked, place = positions.unique(return_inverse=True)
+        logits = model(padded(rows, device), positions=asked).logits
+        scores = _scores(logits, place, targets, owners, len(indices))
+        yield list(zip([index for _, index in indices], scores, strict=True))
 
 
 def batches(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
@@ -88,13 +91,12 @@ def padded(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows], device=device)
 
 
-def _scores(logits: Tensor, places: Sequence[tuple[int, int, int, int]], count: int) -> list[Score]:
-    """Sums by request over (row, position, target, request)."""
-    rows, positions, targets, owners = torch.tensor(places, device=logits.device).unbind(-1)
+def _scores(logits: Tensor, place: Tensor, targets: Tensor, owners: Tensor, count: int) -> list[Score]:
+    """Sums by request over places, each [N]: a row of `logits`, its target, and whose it is of `count` requests."""
     sums = torch.zeros(count, dtype=torch.float64, device=logits.device)
     missed = torch.zeros(count, dtype=torch.int64, device=logits.device)
-    for part in torch.arange(len(places), device=logits.device).split(VOCABULARY_ROWS):
-        wide = logits[rows[part], positions[part]].float()
+    for part in torch.arange(len(place), device=logits.device).split(VOCABULARY_ROWS):
+        wide = logits[place[part]].float()
         chosen = wide.gather(-1, targets[part, None])[:, 0]
         sums.index_add_(0, owners[part], (chosen - wide.logsumexp(-1)).double())
         missed.index_add_(0, owners[part], (wide.argmax(-1) != targets[part]).long())

@@ -97,10 +97,10 @@ class DLAForCausalLM(PreTrainedModel, GenerationMixin):
             past.tokens += 1
         else:
             before = past.layers if past is not None else None
-            out = self.model(input_ids, offsets, caches=before, return_caches=use_cache)
-            logits, seen = out.logits, past.tokens if past is not None else 0
+            places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)[:, -logits_to_keep:]
+            out = self.model(input_ids, offsets, caches=before, return_caches=use_cache, positions=places.flatten())
+            logits, seen = out.logits.unflatten(0, places.shape), past.tokens if past is not None else 0
             past = DLACache(out.caches, seen + tokens) if out.caches is not None else None
-        logits = logits[:, -logits_to_keep:]
         loss = _loss(logits, labels) if labels is not None else None
         if return_dict is False:
             return tuple(x for x in (loss, logits, past) if x is not None)

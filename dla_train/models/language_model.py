@@ -77,6 +77,7 @@ class LanguageModel(nn.Module):
         caches: list[Cache] | None = None,
         return_caches: bool = False,
         observe: Observer | None = None,
+        positions: Tensor | None = None,
     ) -> LanguageModelOutput:
         """tokens [B, T] int64 -> logits [B, T, vocab].
 
@@ -87,8 +88,12 @@ class LanguageModel(nn.Module):
         row. gate_temperature: of soft boundaries in training mode (default `memory.gate_temperature`); evaluation
         is always hard. caches: continue the first document of each row (use the returned ones afterwards).
         observe: called with every recurrent layer's index and what its memory did, once, in the order of the layers.
-        Raises ValueError for tokens of another shape or type and for bad offsets.
+        positions [N] int64: tokens b * T + t whose logits are wanted, [N, vocab]; the head is the cost of N tokens.
+        Raises ValueError for tokens of another shape or type, for bad offsets, and for positions where ranks divide
+        the time.
         """
+        if positions is not None and (self.axes.sequence or self.axes.context.size > 1):
+            raise ValueError("positions needs whole rows on every rank: parallel.sequence=false, parallel.context=1")
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens has shape {list(tokens.shape)} and dtype {tokens.dtype}; it must be [B, T] int64")
         temperature = self.memory_config.gate_temperature if gate_temperature is None else gate_temperature
@@ -106,6 +111,8 @@ class LanguageModel(nn.Module):
             x, new_cache = self._run(block, x, documents, record, temperature, cache, return_caches)
             if new_cache is not None:
                 after.append(new_cache)
+        if positions is not None:
+            x = x.flatten(0, 1)[positions]
         return LanguageModelOutput(self._logits(x, self.axes), after if return_caches else None)
 
     def token_loss(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def build_recall_model(
     """
     model = meta_model(config)
     with torch.device("meta"):
-        if len(vocabulary) > 1:
+        if _own_embedding(config, vocabulary):
             model.embedding = SummedEmbedding(vocabulary, config.model.width)  # type: ignore[assignment]
     init_weights(model, config.seed, device=device)
     if decay_rate is not None:
@@ -79,5 +79,10 @@ def build_recall_model(
 
 def count_parameters(config: Config, vocabulary: Sequence[int]) -> int:
     """Parameters of one run's model."""
-    other_rows = sum(vocabulary) - config.model.vocab_size if len(vocabulary) > 1 else 0
+    other_rows = sum(vocabulary) - config.model.vocab_size if _own_embedding(config, vocabulary) else 0
     return parameter_count(config.model, config.memory) + other_rows * config.model.width
+
+
+def _own_embedding(config: Config, vocabulary: Sequence[int]) -> bool:
+    """Whether a token is anything else than one of the answers, which are the model's vocabulary."""
+    return tuple(vocabulary) != (config.model.vocab_size,)

@@ -110,8 +110,9 @@ def _train_step(
     ids, targets = (tensor.to(device) for tensor in batch)
     model.train()
     temperature = gate_temperature(config.memory, config.train.steps, step)
-    logits = model(ids, gate_temperature=temperature).logits
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    positions, answers = _asked(targets)
+    logits = model(ids, gate_temperature=temperature, positions=positions).logits
+    loss = F.cross_entropy(logits.float(), answers)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or float("inf"))
@@ -149,12 +150,19 @@ def _totals(model: LanguageModel, batches: list[tuple[Tensor, Tensor]]) -> tuple
     device = model.final_norm.weight.device
     right, nats, answers = 0.0, 0.0, 0
     for ids, targets in batches:
-        logits, targets = model(ids.to(device)).logits.float(), targets.to(device)
-        asked = targets != IGNORED
-        right += float((logits.argmax(-1) == targets)[asked].sum())
-        nats += float(F.cross_entropy(logits[asked], targets[asked], reduction="sum"))
-        answers += int(asked.sum())
+        positions, wanted = _asked(targets.to(device))
+        logits = model(ids.to(device), positions=positions).logits.float()
+        right += float((logits.argmax(-1) == wanted).sum())
+        nats += float(F.cross_entropy(logits, wanted, reduction="sum"))
+        answers += len(wanted)
     return right, nats, answers
+
+
+def _asked(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where something is asked in targets [B, T], b * T + t, and what: both [N]."""
+    flat = targets.flatten()
+    positions = (flat != IGNORED).nonzero()[:, 0]
+    return positions, flat[positions]
 
 
 def _tensors(task: RecallTask, batch: RecallBatch) -> tuple[Tensor, Tensor]:

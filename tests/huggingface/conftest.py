@@ -21,14 +21,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Code of folders is imported from here, never from what an earlier version left in the user's cache."""
-    import transformers.dynamic_module_utils as modules
-
-    modules.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a small prepared corpus and its tokenizer."""

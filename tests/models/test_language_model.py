@@ -236,6 +236,16 @@ def test_bfloat16_activations_stay_near_float32_and_parameters_stay_float32(tiny
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in rounded.parameters())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_some_positions_are_those_of_all_with_the_same_gradients(tiny, build, tied):
+    lm = build(*tiny("gated_deltanet", "dla", tie_embeddings=tied)).train()
+    tokens, positions = tokens_of(3, 11), torch.tensor([32, 0, 5, 11, 12])
+    found, wanted = lm(tokens, positions=positions).logits, lm(tokens).logits.flatten(0, 1)[positions]
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(logits.square().sum(), list(lm.parameters())) for logits in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_wrong_inputs_are_refused_by_name(tiny, build):
     lm = build(*tiny("mamba2", "dla"))
     with pytest.raises(ValueError, match=r"\[B, T\] int64"):
@@ -244,6 +254,9 @@ def test_wrong_inputs_are_refused_by_name(tiny, build):
         lm(tokens_of(2, 8), torch.tensor([0, 5, 16]))
     with pytest.raises(ValueError, match="rise strictly"):
         lm(tokens_of(2, 8), torch.tensor([0, 8, 8, 16]))
+    lm.axes = dataclasses.replace(lm.axes, sequence=True)
+    with pytest.raises(ValueError, match=r"whole rows on every rank: parallel\.sequence=false"):
+        lm(tokens_of(2, 8), positions=torch.tensor([7]))
 
 
 def test_an_unknown_backbone_is_a_configuration_error(tiny):

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from dla_train.hydra_app import config_directory
 from dla_train.recall.arms import study_arms, study_tasks
 from dla_train.recall.settings import compose
 from dla_train.recall.training import PartDraw, judge, train_run
+from tests.recall.tasks.examples import EXAMPLES
 
 
 def run(study, name, seed=0, rate=1e-2, split="held_out"):
@@ -59,7 +61,10 @@ def test_a_model_learns_and_reports_when_it_did(tiny):
     assert found.steps_to("few", 1.01) is None
 
 
-@pytest.mark.parametrize("name", ["ablation", "mqar"])
+STUDIES = [path.stem for path in sorted((config_directory() / "study").iterdir()) if not path.stem.startswith("base_")]
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_arm_of_a_shipped_study_trains_and_is_judged(name):
     few = ["steps=1", "optim.warmup_steps=1", "batch_rows=2", "held_out_rows=2", "curve_rows=2"]
     study = compose([f"study={name}", *few])
@@ -68,6 +73,15 @@ def test_every_arm_of_a_shipped_study_trains_and_is_judged(name):
         found = train_run(study, arm.config, tasks, "held_out", torch.device("cpu"))
         assert list(found.parts) == list(study.parts), arm.name
         assert all(0 < judged.loss < 20 for judged in found.parts.values()), arm.name
+
+
+@pytest.mark.parametrize("task", EXAMPLES, ids=lambda task: task["name"])
+def test_every_task_can_be_trained_on(tiny, task):
+    """Whatever its tokens are made of: most have more kinds of token than of answer."""
+    few = {"steps": 5, "batch_rows": 2, "held_out_rows": 2, "curve_rows": 2}
+    study = dataclasses.replace(tiny, task=task, parts={}, easy=None, match_parameters=False, **few)
+    (judged,) = run(study, "gated_deltanet_dla").parts.values()
+    assert 0 < judged.loss < 20
 
 
 def test_only_a_soft_gate_has_a_loss_with_the_boundaries_of_training(tiny):
@@ -107,8 +121,8 @@ def test_accuracy_and_loss_are_those_of_all_answers_however_they_are_batched(tin
             super().__init__()
             self.final_norm = torch.nn.LayerNorm(1)
 
-        def forward(self, ids):
-            logits = torch.zeros(*ids.shape, 8)
+        def forward(self, ids, positions):
+            logits = torch.zeros(len(positions), 8)
             logits[..., 3] = 2.0
             return type("Output", (), {"logits": logits})
 

@@ -7,22 +7,11 @@ import pytest
 import torch
 
 from dla_train.recall.tasks.errors import RecallError
-from dla_train.recall.tasks.needle import KINDS
 from dla_train.recall.tasks.paired_token import PairedToken
 from dla_train.recall.tasks.registry import build_task, task_names
 from dla_train.recall.tasks.streams import SPLITS, stream
 from dla_train.recall.tasks.task import IGNORED
-
-EXAMPLES = [
-    {"name": "paired_token", "needles": 24},
-    {"name": "paired_token", "needles": 40, "filler": "random", "overwritten": 0.5, "tokens": 512},
-    {"name": "mqar", "pairs": 8, "tokens": 128},
-    {"name": "forgetting_mqar", "pairs": 8, "updates": 4, "tokens": 128},
-    {"name": "sparse_mqar", "pairs": 32},
-    {"name": "noisy_recall"},
-    {"name": "selective_copying"},
-    *({"name": "needle", "kind": kind} for kind in KINDS),
-]
+from tests.recall.tasks.examples import EXAMPLES
 
 
 def test_every_task_has_an_example_here() -> None:
