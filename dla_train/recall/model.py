@@ -58,23 +58,32 @@ def token_columns(ids: Tensor, vocabulary: Sequence[int]) -> list[Tensor]:
 
 
 def build_recall_model(
-    config: Config, vocabulary: Sequence[int], device: torch.device | str, decay_rate: float | None
+    config: Config,
+    vocabulary: Sequence[int],
+    device: torch.device | str,
+    decay_rate: float | None,
+    step_size: float | None,
 ) -> LanguageModel:
     """The initialised model of one run. Parameters of one name and shape begin alike in every arm of a seed.
 
-    decay_rate: A of every head at the start; None is as in pretraining.
+    decay_rate, step_size: A and dt of every head at the start; None is as in pretraining.
     """
     model = meta_model(config)
     with torch.device("meta"):
         if _own_embedding(config, vocabulary):
             model.embedding = SummedEmbedding(vocabulary, config.model.width)  # type: ignore[assignment]
     init_weights(model, config.seed, device=device)
-    if decay_rate is not None:
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, Decay):
-                    module.A_log.fill_(math.log(decay_rate))
+    for module in model.modules():
+        if isinstance(module, Decay):
+            _begin(module.A_log, None if decay_rate is None else math.log(decay_rate))
+            _begin(module.dt_bias, None if step_size is None else math.log(math.expm1(step_size)))
     return model
+
+
+@torch.no_grad()
+def _begin(parameter: Tensor, value: float | None) -> None:
+    if value is not None:
+        parameter.fill_(value)
 
 
 def count_parameters(config: Config, vocabulary: Sequence[int]) -> int:

@@ -34,6 +34,7 @@ SHARED = (
     "parts",
     "weights",
     "decay_rate",
+    "step_size",
     "steps",
     "batch_rows",
     "curve_interval_steps",

@@ -48,6 +48,9 @@ class StudyConfig:
     decay_rate: float | None = None
     """Decay rate (A) of every head at the start. None draws it from 1 to 16 as in pretraining, where some of many heads
     remember long; a single head would stand or fall with its draw."""
+    step_size: float | None = None
+    """Step size (dt) of every head at the start. None draws it from 0.001 to 0.1 as in pretraining, where Mamba-2 first
+    writes so little that a small model does not learn to pair tokens in a few thousand steps."""
     attention: dict[str, Any] | None = None
     """ModelConfig fields of the softmax baseline beside those of `model`; None leaves it out."""
     backbones: list[str] = field(default_factory=lambda: ["mamba2", "gated_deltanet"])
@@ -127,8 +130,10 @@ def check(study: StudyConfig) -> None:
     for key in ("easy_accuracy", "goal_accuracy"):
         if not 0 < getattr(study, key) <= 1:
             raise ConfigError(f"{key}={getattr(study, key)} is no share of right answers; use one in (0, 1]")
-    if study.decay_rate is not None and study.decay_rate <= 0:
-        raise ConfigError(f"decay_rate={study.decay_rate} must be above 0, or left out")
+    for key in ("decay_rate", "step_size"):
+        value = getattr(study, key)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{key}={value} must be above 0, or left out")
     if not study.learning_rates or min(study.learning_rates) <= 0:
         raise ConfigError(f"learning_rates={study.learning_rates} must name at least one rate above 0")
     for key in ("learning_rates", "seeds", "tuning_seeds", "backbones"):

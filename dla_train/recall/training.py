@@ -81,7 +81,7 @@ def train_run(
     Raises FloatingPointError where the loss is not finite.
     """
     some = next(iter(tasks.values()))
-    model = build_recall_model(config, some.vocabulary, device, study.decay_rate)
+    model = build_recall_model(config, some.vocabulary, device, study.decay_rate, study.step_size)
     optimizer = build_optimizer(model, config.optim)
     draw = PartDraw(tasks, study.weights, config.seed)
     curve = []

@@ -2,7 +2,11 @@
 
 import pytest
 
+from dla_train.hydra_app import config_directory
 from dla_train.recall.settings import StudyConfig
+
+SHIPPED = [path.stem for path in sorted((config_directory() / "study").iterdir()) if not path.stem.startswith("base_")]
+"""Names of the studies in configs/study."""
 
 TINY = StudyConfig(
     name="tiny",

@@ -1,18 +1,17 @@
 """What a study compares, and that arms differ in nothing else."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dla_train.config import ConfigError
 from dla_train.recall.arms import ATTENTION, study_arms, study_tasks
 from dla_train.recall.model import build_recall_model, token_columns, token_ids
 from dla_train.recall.settings import compose
 from dla_train.recall.tasks.errors import RecallError
-
-SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/study").glob("[!b]*.yaml"))
+from tests.recall.conftest import SHIPPED
 
 
 def arms_of(study):
@@ -21,9 +20,8 @@ def arms_of(study):
 
 def models_of(study, seed=0):
     vocabulary = study_tasks(study)["many"].vocabulary
-    return {
-        arm.name: build_recall_model(arm.run(1e-2, seed), vocabulary, "cpu", study.decay_rate) for arm in arms_of(study)
-    }
+    begin = study.decay_rate, study.step_size
+    return {arm.name: build_recall_model(arm.run(1e-2, seed), vocabulary, "cpu", *begin) for arm in arms_of(study)}
 
 
 def test_every_backbone_gets_every_memory_and_attention_is_an_arm_of_its_own(tiny):
@@ -56,9 +54,15 @@ def test_parameters_that_two_arms_share_begin_alike_and_with_another_seed_otherw
     assert not torch.equal(single["embedding.weight"], others["gated_deltanet_single"].embedding.weight)
 
 
-def test_the_decay_of_every_head_begins_at_the_rate_that_is_given(tiny):
-    decay = models_of(tiny)["gated_deltanet_dla"].get_parameter("blocks.0.mixer.backbone.decay.A_log")
-    torch.testing.assert_close(decay.exp(), torch.full_like(decay, 0.01))
+def test_decay_and_step_size_of_every_head_begin_as_given_and_as_in_pretraining_otherwise(tiny):
+    usual, given = (
+        models_of(dataclasses.replace(tiny, decay_rate=rate, step_size=step))["gated_deltanet_dla"]
+        for rate, step in ((None, None), (0.01, 2.0))
+    )
+    begun, drawn = (model.blocks[0].mixer.backbone.decay for model in (given, usual))
+    torch.testing.assert_close(begun.A_log.exp(), torch.full_like(begun.A_log, 0.01))
+    torch.testing.assert_close(F.softplus(begun.dt_bias), torch.full_like(begun.dt_bias, 2.0))
+    assert drawn.A_log.exp().min() >= 1 and F.softplus(drawn.dt_bias).max() <= 0.1
 
 
 def test_a_tokens_columns_are_one_id_and_come_back():

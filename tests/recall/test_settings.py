@@ -33,6 +33,7 @@ def test_settings_of_the_command_line_win_over_the_study():
         (["batch_rows=0"], "batch_rows=0 is below 1"),
         (["goal_accuracy=0"], "goal_accuracy=0"),
         (["decay_rate=0"], "decay_rate=0"),
+        (["step_size=-1"], "step_size=-1.0 must be above 0"),
         (["+optim.lr=1"], "optim.lr is filled in"),
         (["+model.backbone=mamba2"], "model.backbone is filled in"),
     ],

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from dla_train.hydra_app import config_directory
 from dla_train.recall.arms import study_arms, study_tasks
 from dla_train.recall.settings import compose
 from dla_train.recall.training import PartDraw, judge, train_run
+from tests.recall.conftest import SHIPPED
 from tests.recall.tasks.examples import EXAMPLES
 
 
@@ -61,10 +61,7 @@ def test_a_model_learns_and_reports_when_it_did(tiny):
     assert found.steps_to("few", 1.01) is None
 
 
-STUDIES = [path.stem for path in sorted((config_directory() / "study").iterdir()) if not path.stem.startswith("base_")]
-
-
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_arm_of_a_shipped_study_trains_and_is_judged(name):
     few = ["steps=1", "optim.warmup_steps=1", "batch_rows=2", "held_out_rows=2", "curve_rows=2"]
     study = compose([f"study={name}", *few])
