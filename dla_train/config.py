@@ -86,10 +86,11 @@ class MemoryConfig:
     """Whether closed slots keep decaying (`transition`) or keep the state of their end (`frozen`)."""
     read: str = "content"
     """Read weights: `unit` (1), `slot` (per recency rank or level), `content` (slot plus routing on slot keys)."""
-    routing: str = "projected"
-    """Content routing on projections of their own (`projected`) or on q and k themselves (`qk`)."""
+    routing: str = "convolved"
+    """What content routing compares: projections of its own, with a short convolution where q and k have one
+    (`convolved`) or without (`projected`), or q and k themselves (`qk`)."""
     routing_dim: int = 16
-    """R: size of a head's projections for `routing: projected`."""
+    """R: size of a head's own projections."""
     gain_init: float = 0.0
     """Initial content gain per head; 0 starts as the slot form, exactly."""
     sharpness_init: float = 8.0
@@ -360,7 +361,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.capacity_rule": ("density", "mass", "oldest", "random"),
     "memory.closed_slots": ("transition", "frozen"),
     "memory.read": ("unit", "slot", "content"),
-    "memory.routing": ("qk", "projected"),
+    "memory.routing": ("qk", "projected", "convolved"),
     "memory.gate": ("soft", "hard", "straight_through"),
     "memory.backend": ("auto", "triton", "torch", "recurrent"),
     "data.packing": ("concatenate", "best_fit"),

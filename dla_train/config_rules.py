@@ -264,7 +264,7 @@ def _check_ignored_memory_keys(memory: MemoryConfig) -> None:
         (memory.policy == "log_linear" and reads, "memory.policy=log_linear with read weights", ("levels",)),
         (memory.policy not in ("single", "none"), "a policy with several slots", ("closed_slots",)),
         (content, "memory.read=content", ("routing", "gain_init", "sharpness_init")),
-        (content and memory.routing == "projected", "memory.routing=projected", ("routing_dim",)),
+        (content and memory.routing != "qk", "a memory.routing with projections of its own", ("routing_dim",)),
         (gated, "memory.policy=dla with a soft gate", ("gate_temperature", "gate_temperature_final")),
         (memory.policy != "none", "a recurrent memory", ("chunk_tokens", "backend")),
     ]

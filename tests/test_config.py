@@ -150,7 +150,7 @@ BROKEN = {
     "routing of a slot read": (["memory.read=slot", "memory.routing=qk"], ["memory.read=content"]),
     "size of a projection that is not there": (
         ["memory.routing=qk", "memory.routing_dim=32"],
-        ["memory.routing=projected"],
+        ["projections of its own"],
     ),
     "temperature of a hard gate": (["memory.gate=hard", "memory.gate_temperature=0.5"], ["soft gate"]),
     "gate of another policy": (["memory=fixed", "memory.gate=straight_through"], ["memory.policy=dla"]),

@@ -76,14 +76,17 @@ class Backbone(Protocol):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution and SiLU of several projections, each with its own logical weight [C_i, W].
+    """Causal depthwise convolution of several projections, each with its own logical weight [C_i, W], and SiLU.
 
-    With `bias` each has a bias [C_i] too. It is added outside the convolution's kernel, which has none.
+    With `bias` each has a bias [C_i] too. It is added outside the convolution's kernel, which has none. Without
+    `activation` there is no SiLU.
     """
 
-    def __init__(self, channels: dict[str, int], width: int, context: Axis, *, bias: bool = False) -> None:
+    def __init__(
+        self, channels: dict[str, int], width: int, context: Axis, *, bias: bool = False, activation: bool = True
+    ) -> None:
         super().__init__()
-        self.width, self.context, self.bias = width, context, bias
+        self.width, self.context, self.bias, self.activation = width, context, bias, activation
         self.names, self.sizes = list(channels), list(channels.values())
         if width:
             for name, size in channels.items():
@@ -97,17 +100,20 @@ class ShortConv(nn.Module):
         return sum(self.sizes) if self.width else 0
 
     def forward(self, inputs: tuple[Tensor, ...], positions: Tensor, history: Tensor | None) -> tuple[Tensor, ...]:
-        """inputs [B, T, C_i] each, positions [B, T], history [B, sum C_i, W-1] | None -> same shapes, after SiLU.
+        """inputs [B, T, C_i] each, positions [B, T], history [B, sum C_i, W-1] | None -> same shapes.
 
         Inputs may hold this context rank's part of the channels alone.
         """
         if not self.width:
-            return tuple(F.silu(x) for x in inputs)
+            return tuple(F.silu(x) for x in inputs) if self.activation else inputs
         sizes = [x.shape[-1] for x in inputs]
         weight, x = self._joined("", sizes), torch.cat(inputs, dim=-1)
-        mixed = short_conv(x, weight, positions=positions, history=history, activation=not self.bias)
+        fused = self.activation and not self.bias
+        mixed = short_conv(x, weight, positions=positions, history=history, activation=fused)
         if self.bias:
-            mixed = F.silu(mixed + self._joined("bias_", sizes).to(mixed.dtype))
+            mixed = mixed + self._joined("bias_", sizes).to(mixed.dtype)
+        if self.activation and not fused:
+            mixed = F.silu(mixed)
         return tuple(mixed.split(sizes, dim=-1))
 
     def _joined(self, prefix: str, sizes: list[int]) -> Tensor:

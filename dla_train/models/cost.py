@@ -56,8 +56,14 @@ def routing_dim(model: ModelConfig, memory: MemoryConfig) -> int:
     return model.key_dim if memory.routing == "qk" else memory.routing_dim
 
 
-def conv_channels(model: ModelConfig) -> int:
-    """Channels of the short convolution: values and two sets of keys; 0 without one."""
+def conv_channels(model: ModelConfig, memory: MemoryConfig) -> int:
+    """Channels of the short convolutions: values, two sets of keys, and two of routing's; 0 without one."""
+    routed = model.conv_width and memory.routing == "convolved"
+    routing = 2 * model.num_key_heads * routing_dim(model, memory) if routed else 0
+    return _backbone_conv_channels(model) + routing
+
+
+def _backbone_conv_channels(model: ModelConfig) -> int:
     if model.backbone == "attention" or not model.conv_width:
         return 0
     return model.num_heads * model.value_dim + 2 * model.num_key_heads * model.key_dim
@@ -66,7 +72,8 @@ def conv_channels(model: ModelConfig) -> int:
 def parameter_count(model: ModelConfig, memory: MemoryConfig) -> int:
     """Number of trainable parameters, tied embeddings counted once."""
     norms = model.width * (2 if model.mlp_width else 1)
-    layer = _mixer_matrices(model) + _mixer_vectors(model) + _reader_parameters(model, memory) + _mlp(model) + norms
+    mixer = _mixer_matrices(model) + _mixer_vectors(model, memory) + _reader_parameters(model, memory)
+    layer = mixer + _mlp(model) + norms
     embeddings = model.vocab_size * model.width * (1 if model.tie_embeddings else 2)
     return embeddings + model.num_layers * layer + model.width
 
@@ -78,7 +85,7 @@ def flops_per_token(model: ModelConfig, memory: MemoryConfig, context: int) -> F
     if model.backbone == "attention":
         per_key = 2 * 2 * model.num_heads * model.key_dim
         return FlopCount(2.0 * dense, layers * per_key * (context + 1) / 2, 0.0, 0.0)
-    conv = 2.0 * layers * conv_channels(model) * model.conv_width
+    conv = 2.0 * layers * conv_channels(model, memory) * model.conv_width
     return FlopCount(2.0 * dense, 0.0, conv, layers * _memory_flops(model, memory, context))
 
 
@@ -99,7 +106,7 @@ def cache_bytes(
             model.key_dim,
             model.value_dim,
             routing_dim(model, memory),
-            conv_channels(model),
+            conv_channels(model, memory),
             model.conv_width,
         )
     return model.num_layers * per_layer
@@ -135,11 +142,12 @@ def _mixer_matrices(model: ModelConfig) -> int:
     return model.width * (2 * keys + 3 * values + per_head * model.num_heads)
 
 
-def _mixer_vectors(model: ModelConfig) -> int:
-    """Convolution taps, A_log, dt_bias, D and the output norm's weight."""
+def _mixer_vectors(model: ModelConfig, memory: MemoryConfig) -> int:
+    """Convolution taps and biases, A_log, dt_bias, D and the output norm's weight."""
     if model.backbone == "attention":
         return 0
-    taps = conv_channels(model) * (model.conv_width + model.conv_bias)
+    biases = _backbone_conv_channels(model) if model.conv_bias else 0
+    taps = conv_channels(model, memory) * model.conv_width + biases
     if model.backbone == "mamba2":
         return taps + 3 * model.num_heads + model.num_heads * model.value_dim
     return taps + 2 * model.num_heads + model.value_dim
@@ -153,8 +161,7 @@ def _read_outputs(model: ModelConfig, memory: MemoryConfig) -> int:
 
 
 def _reader_matrices(model: ModelConfig, memory: MemoryConfig) -> int:
-    projected = memory.read == "content" and memory.routing == "projected" and model.backbone != "attention"
-    routing = 2 * model.num_key_heads * memory.routing_dim if projected else 0
+    routing = 0 if memory.routing == "qk" else 2 * model.num_key_heads * routing_dim(model, memory)
     return model.width * (_read_outputs(model, memory) + routing)
 
 

@@ -7,7 +7,7 @@ The table (`RULES`, first match wins; D model width, L layers, s = model.init_st
 | `*norm.weight`, `*.norm.D`                      | constant                                | 1                      |
 | `mixer.out.weight`, `mixer.backbone.out.weight`, `mlp.down.weight` | normal               | std s / sqrt(2 L)      |
 | `backbone.conv.bias_*`                          | constant                                | 0                      |
-| `backbone.conv.*`                               | uniform in +-1/sqrt(W), W taps          |                        |
+| `backbone.conv.*`, `routing.conv.*`             | uniform in +-1/sqrt(W), W taps          |                        |
 | `backbone.decay.A_log`                          | log of uniform in [1, 16]               |                        |
 | `backbone.decay.dt_bias`                        | inverse softplus of log-uniform in [1e-3, 1e-1] |                |
 | `reader.slots.weight`, `reader.slots.bias`      | constant                                | 0 (read weights are 1) |
@@ -89,6 +89,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("*.mlp.down.weight", _residual),
     ("*.backbone.conv.bias_*", _zero),
     ("*.backbone.conv.*", _conv_taps),
+    ("*.routing.conv.*", _conv_taps),
     ("*.backbone.decay.A_log", _decay_rates),
     ("*.backbone.decay.dt_bias", _step_bias),
     ("*.reader.slots.*", _zero),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dla_kernels import MemoryPlan, MergeCache, content_read_weights, l2_normalize, log_linear_levels, slot_affinity
 from dla_train.config import MemoryConfig, ModelConfig
-from dla_train.models.backbone import StateInputs, own_heads, split_heads
+from dla_train.models.backbone import ShortConv, StateInputs, own_heads, split_dims, split_heads
 from dla_train.models.context import to_heads
 from dla_train.models.linear import Linear, exact, no_decay, wide_dtype
 from dla_train.parallel.axes import Axis
@@ -81,36 +81,62 @@ class RoutingTerms:
     """[H] float32, >= 0."""
     sharpness: Tensor
     """[H] float32, > 0."""
+    conv_inputs: tuple[Tensor, ...]
+    """[B, T, Hk R] each: what passed a convolution of routing's own, before it."""
 
 
 class Routing(nn.Module):
-    """Routing queries and keys (q and k themselves, or own projections) with a gain and a sharpness per head."""
+    """Routing queries and keys (q and k themselves, or own projections) with a gain and a sharpness per head.
+
+    A value stands one token after its key. The state finds it by a key that passed the short convolution and so knows
+    the token before; a slot is found in the same way only if its routing key does too.
+    """
 
     non_negative = ("gain",)
 
     def __init__(self, model: ModelConfig, memory: MemoryConfig, context: Axis) -> None:
         super().__init__()
         self.key_heads, self.context = model.num_key_heads, context
-        self.projected = memory.routing == "projected"
+        self.projected = memory.routing != "qk"
         self.dim = memory.routing_dim if self.projected else model.key_dim
         if self.projected:
-            self.rho = Linear(model.width, self.key_heads * self.dim)
-            self.kappa = Linear(model.width, self.key_heads * self.dim)
+            channels = self.key_heads * self.dim
+            self.rho, self.kappa = Linear(model.width, channels), Linear(model.width, channels)
+            width = model.conv_width if memory.routing == "convolved" else 0
+            self.conv = ShortConv({"rho": channels, "kappa": channels}, width, context, activation=False)
         self.gain = no_decay(nn.Parameter(torch.empty(model.num_heads)))
         self.log_sharpness = no_decay(nn.Parameter(torch.empty(model.num_heads)))
 
-    def forward(self, hidden: Tensor, inputs: StateInputs) -> RoutingTerms:
-        """hidden [B, T, D] and the state inputs -> routing terms."""
+    @property
+    def own_conv_channels(self) -> list[int]:
+        """Convolved channels of this context rank's heads inside the mixer: the last ones of a cache's window."""
+        if not self.projected or not self.conv.width:
+            return []
+        ranks = self.context.size if self.key_heads > 1 else 1
+        return [size // ranks for size in self.conv.sizes]
+
+    def forward(self, hidden: Tensor, inputs: StateInputs, positions: Tensor, cache: MergeCache | None) -> RoutingTerms:
+        """hidden [B, T, D], the state inputs and positions [B, T] of whole rows -> routing terms."""
+        conv_inputs: tuple[Tensor, ...] = ()
         if self.projected:
-            split = (split_heads(p(hidden), self.key_heads) for p in (self.rho, self.kappa))
-            rho, kappa = (to_heads(x, self.context) for x in split)
+            conv_inputs = tuple(self._of_heads(p(hidden)) for p in (self.rho, self.kappa))
+            rho, kappa = (split_dims(x, self.dim) for x in self.conv(conv_inputs, positions, self._history(cache)))
         else:
             rho, kappa = inputs.q, inputs.k
         gain = exact(self.gain)
         gain = gain + (gain.clamp_min(0) - gain).detach()  # below 0 in a loaded model only
         heads = inputs.v.shape[2]
         gain, sharpness = (own_heads(x, heads, self.context) for x in (gain, exact(self.log_sharpness).exp()))
-        return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, sharpness)
+        convolved = conv_inputs if self.own_conv_channels else ()
+        return RoutingTerms(l2_normalize(rho), l2_normalize(kappa), gain, sharpness, convolved)
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """[B, T/ranks, Hk R] of all heads -> [B, T, C] of those of this context rank."""
+        return to_heads(split_heads(x, self.key_heads), self.context).flatten(-2)
+
+    def _history(self, cache: MergeCache | None) -> Tensor | None:
+        own = sum(self.own_conv_channels)
+        return cache.conv[:, -own:] if own and cache is not None and cache.conv is not None else None
 
 
 class MemoryReader(nn.Module):
@@ -159,7 +185,7 @@ class MemoryReader(nn.Module):
         slot = self.slot_weights(hidden, plan.positions)
         if self.routing is None:
             return slot, None
-        terms = self.routing(hidden, inputs)
+        terms = self.routing(hidden, inputs, plan.positions, cache)
         affinity = slot_affinity(terms.rho, terms.kappa, plan, cache=cache, chunk_size=self.chunk, backend=self.backend)
         weights = content_read_weights(slot, affinity, gain=terms.gain, sharpness=terms.sharpness, backend=self.backend)
         return weights, terms

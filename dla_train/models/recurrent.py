@@ -91,7 +91,7 @@ class RecurrentMixer(nn.Module):
         )
         read, after = (read, None) if isinstance(read, Tensor) else read
         if after is not None:
-            after.conv = self.backbone.conv.window(of_heads.conv_inputs, cache.conv if cache is not None else None)
+            after.conv = self._window(of_heads, routing, cache)
         skip = None if inputs.skip is None else to_time(inputs.skip, self.context)
         return self.backbone.output(to_time(read, self.context), skip, projected), after
 
@@ -100,7 +100,7 @@ class RecurrentMixer(nn.Module):
         hidden = hidden[:, None]
         positions = cache.position[:, None].clone()
         projected, _, inputs = self._state_inputs(hidden, positions, cache)
-        routing = self.reader.routing(hidden, inputs) if self.reader.routing is not None else None
+        routing = None if self.reader.routing is None else self.reader.routing(hidden, inputs, positions, cache)
         read = dla_step(
             inputs.q[:, 0],
             inputs.k[:, 0],
@@ -122,7 +122,7 @@ class RecurrentMixer(nn.Module):
             sharpness=routing.sharpness if routing is not None else None,
             backend=self.reader.backend,
         )
-        window = self.backbone.conv.window(projected.conv_inputs, cache.conv)
+        window = self._window(projected, routing, cache)
         if window is not None and cache.conv is not None:
             cache.conv.copy_(window)
         return self.backbone.output(read[:, None], inputs.skip, projected)[:, 0]
@@ -137,16 +137,23 @@ class RecurrentMixer(nn.Module):
             model.key_dim,
             model.value_dim,
             routing_dim=self.reader.routing_dim,
-            conv_channels=sum(self._own_channels()) if conv.width else 0,
+            conv_channels=sum(self._own_conv_channels()),
             conv_width=conv.width,
             dtype=wide_dtype(self.dtype),
             device=device,
         )
 
-    def _own_channels(self) -> list[int]:
+    def _own_conv_channels(self) -> list[int]:
         """Convolved channels of the heads a context rank has inside the mixer; a single head is every rank's."""
-        sizes = zip(self.backbone.conv.sizes, self.backbone.conv_dims, strict=True)
-        return [size if size == dim else size // self.context.size for size, dim in sizes]
+        conv, routing = self.backbone.conv, self.reader.routing
+        sizes = zip(conv.sizes, self.backbone.conv_dims, strict=True) if conv.width else ()
+        own = [size if size == dim else size // self.context.size for size, dim in sizes]
+        return own + (routing.own_conv_channels if routing is not None else [])
+
+    def _window(self, of_heads: Projected, routing: RoutingTerms | None, cache: MergeCache | None) -> Tensor | None:
+        """What the convolutions need of the tokens so far, [B, C, W-1]: the backbone's channels, then routing's."""
+        inputs = of_heads.conv_inputs + (routing.conv_inputs if routing is not None else ())
+        return self.backbone.conv.window(inputs, cache.conv if cache is not None else None)
 
     @torch.no_grad()
     def control_tau(self, statistics: Tensor) -> None:
@@ -166,8 +173,9 @@ class RecurrentMixer(nn.Module):
     ) -> tuple[Projected, Projected, StateInputs]:
         """Projections of this rank's tokens, of its heads of all tokens, and what the memory of its heads consumes."""
         projected = self.backbone.project(hidden)
-        history = cache.conv if cache is not None else None
         of_heads = exchange_projected(projected, self.backbone, self.context)
+        channels = sum(x.shape[-1] for x in of_heads.conv_inputs)
+        history = cache.conv[:, :channels] if cache is not None and cache.conv is not None else None
         mixed = self.backbone.conv(of_heads.conv_inputs, positions, history)
         return projected, of_heads, self.backbone.state_inputs(mixed, of_heads)
 

@@ -56,6 +56,7 @@ SECTIONS = (
     Section("*.reader.routing.gain", "heads"),
     Section("*.reader.routing.log_sharpness", "heads"),
     Section("*.reader.routing.*.weight", "key_heads"),
+    Section("*.reader.routing.conv.*", "key_heads"),
     Section("*.mixer.statistics", "heads"),
 )
 """The first match wins; what no pattern covers is whole on every rank."""

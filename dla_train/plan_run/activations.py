@@ -146,11 +146,21 @@ def _reads(shape: LayerShape) -> int:
     if shape.memory.policy == "log_linear":  # levels of slots, and the weights that are looked up by them
         total += tokens * (INDEX_BYTES * (shape.slots + 1) + FLOAT_BYTES * heads * shape.read_outputs)
     if shape.content:
-        wide = shape.widened or shape.memory.routing == "projected"
+        wide = shape.widened or shape.memory.routing != "qk"
         total += tokens * FLOAT_BYTES * (4 * shape.key_heads + (2 * shape.routing_size if wide else 0))
+        total += _routing_conv(shape)
     if shape.gated:
         total += tokens * (FLOAT_BYTES + 1) * heads
     return total
+
+
+def _routing_conv(shape: LayerShape) -> int:
+    """The input of routing's convolution, which has no SiLU; in PyTorch its shifted copies too."""
+    width, channels = shape.model.conv_width, 2 * shape.routing_size
+    if shape.memory.routing != "convolved" or not width:
+        return 0
+    copies, masks = (1, 0) if shape.fused else (width, width - 1)
+    return shape.tokens * (copies * shape.compute_bytes * channels + masks) + channels * width * shape.compute_bytes
 
 
 def _score_gradients(shape: LayerShape) -> int:

@@ -61,7 +61,9 @@ def _partial_gradients(layout: Layout, shape: LayerShape) -> int:
     """Weights that every tensor rank has whole but uses for its own heads or tokens (parallel/sections.py)."""
     model = shape.model
     norms = (2 if model.mlp_width else 1) * model.width if layout.sequence else 0
-    keys = 2 * model.key_dim * (model.width + model.conv_width + model.conv_bias) + 2 * _routing(shape) * model.width
+    keys = 2 * model.key_dim * (model.width + model.conv_width + model.conv_bias)
+    taps = model.conv_width if shape.memory.routing == "convolved" else 0
+    keys += 2 * _routing(shape) * (model.width + taps)
     keys = keys if shape.shared_key_head else 0
     return model.num_layers * (norms + keys) + (model.width if layout.sequence else 0)
 
@@ -92,8 +94,7 @@ def _exchanged(shape: LayerShape, ranks: int) -> float:
 
 def _routing(shape: LayerShape) -> int:
     """Numbers of a key head's routing projection; 0 where there is none of its own."""
-    projected = shape.content and shape.memory.routing == "projected"
-    return routing_dim(shape.model, shape.memory) if projected else 0
+    return 0 if shape.memory.routing == "qk" else routing_dim(shape.model, shape.memory)
 
 
 def _data(layout: Layout, weights: int, steps: int) -> int:

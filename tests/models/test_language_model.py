@@ -15,6 +15,7 @@ VARIANTS = [
     {"capacity_rule": "oldest"},
     {"capacity_rule": "random"},
     {"routing": "qk"},
+    {"routing": "projected"},
     {"read": "slot"},
     {"gate": "straight_through"},
     {"tau_control": "rate"},

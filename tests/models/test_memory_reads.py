@@ -66,14 +66,14 @@ def test_a_gain_of_zero_reads_exactly_the_slot_form_and_a_negative_one_is_zero(t
     assert (reader.routing.gain.grad > 0).all()
 
 
-@pytest.mark.parametrize("routing", ["qk", "projected"])
+@pytest.mark.parametrize("routing", ["qk", "projected", "convolved"])
 def test_routing_terms_have_unit_length(tiny, routing):
     reader = reader_of(tiny("mamba2", "dla", routing=routing, routing_dim=3))
     for parameter in reader.routing.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
-    terms = reader.routing(torch.randn(1, 9, 12), inputs_of(9))
+    terms = reader.routing(torch.randn(1, 9, 12), inputs_of(9), torch.arange(9)[None], None)
     for vector in (terms.rho, terms.kappa):
-        assert vector.shape == (1, 9, 2, 3 if routing == "projected" else 4)
+        assert vector.shape == (1, 9, 2, 4 if routing == "qk" else 3)
         torch.testing.assert_close(vector.norm(dim=-1), torch.ones(1, 9, 2))
 
 

@@ -32,7 +32,7 @@ CASES = {
     "mamba2 dla": ("model=mamba2_tiny", "memory=dla"),
     "mamba2 grouped frozen": ("model=mamba2_tiny", "memory=dla_frozen", "model.num_key_heads=2"),
     "mamba2 log-linear": ("model=mamba2_tiny", "memory=log_linear", "model.tie_embeddings=false"),
-    "mamba2 hard": ("model=mamba2_tiny", "memory=dla", "memory.gate=hard", "data.context_tokens=100"),
+    "mamba2 hard": ("model=mamba2_tiny", "memory=dla", "memory.gate=hard", "memory.routing=projected"),
     "mamba2 biased": ("model=mamba2_tiny", "memory=single", "model.conv_bias=true"),
     "mamba2 small": ("model=mamba2_125m", "memory=dla", "memory.capacity=6", *SMALL),
     "gated single": ("model=gated_deltanet_tiny", "memory=single"),
