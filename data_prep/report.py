@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,6 +12,7 @@ from typing import Any
 from data_prep.records import FAULTS
 from data_prep.state import State
 from dla_train.data.tokenizer import Tokenizer
+from dla_train.durable import write_atomically
 
 FORMAT_VERSION = 1
 _LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "transformers", "datasets", "pyarrow", "datasketch")
@@ -63,7 +63,8 @@ def write_report(output: str, tails: dict[str, str], tokenizer: Tokenizer, state
             shards=len(shards),
         )
     report = TokensReport(splits, dict(sorted(state.counts.items())), list(state.faults), state.seconds)
-    _write(Path(f"{output}.report.json"), _contents(report, output, tokenizer, state, workers))
+    contents = _contents(report, output, tokenizer, state, workers)
+    write_atomically(Path(f"{output}.report.json"), json.dumps(contents, indent=2) + "\n")
     return report
 
 
@@ -125,12 +126,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _write(path: Path, contents: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(contents, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.records import PrepareError
 from dla_train.data.shard_list import Shard
+from dla_train.durable import write_atomically
 
 FORMAT_VERSION = 1
 
@@ -55,13 +56,8 @@ def state_path(output: str) -> Path:
 
 def write_state(output: str, state: State) -> None:
     """Write atomically, flushed to disk."""
-    path = state_path(output)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump({"format_version": FORMAT_VERSION, **dataclasses.asdict(state)}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    contents = {"format_version": FORMAT_VERSION, **dataclasses.asdict(state)}
+    write_atomically(state_path(output), json.dumps(contents))
 
 
 def read_state(output: str, settings: dict[str, Any], inputs: Sequence[list[str | int]]) -> State | None:

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 from data_prep.records import PrepareError, TextSource, documents, progress_bar
 from dla_train.data.indexed import refuse_existing
+from dla_train.durable import write_atomically
 
 MODEL_TYPES = ("bpe", "unigram")
 _CHUNK_CHARACTERS = 4000
@@ -88,7 +89,8 @@ def train_tokenizer(
     if not sample:
         raise PrepareError("no text in the sources: a tokenizer cannot be trained on nothing")
     model = _train(sample, vocab_size, model_type)
-    _write_atomically(output, model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, model)
     return TokenizerReport(
         path=output,
         model_type=model_type,
@@ -97,13 +99,6 @@ def train_tokenizer(
         **_measures(model, sample),
         seconds=time.perf_counter() - began,
     )
-
-
-def _write_atomically(output: Path, model: bytes) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_bytes(model)
-    partial.replace(output)
 
 
 def _train(sample: list[str], vocab_size: int, model_type: str) -> bytes:

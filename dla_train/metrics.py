@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dla_train.config import Config, ConfigError
+from dla_train.durable import write_atomically
 from dla_train.models.cost import flops_per_token
 from dla_train.parallel.mesh import Mesh
 
@@ -61,9 +62,7 @@ class JsonLines:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         kept = [line for line in read_lines(path) if line["step"] <= resumed_step]
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, numbers: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Seconds of the middle round."""
         return statistics.median(self.rounds)
 
     def report(self) -> dict[str, float]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.checkpoint.manifest import MARKER, FileRecord, flush_folder, read_manifest, write_manifest
+from dla_train.checkpoint.manifest import MARKER, FileRecord, read_manifest, write_manifest
+from dla_train.durable import flush_folder, write_atomically
 
 _FOLDER = re.compile(r"step_(\d{8,18})")
 _LEFT_BY_A_CRASH = re.compile(r"step_\d{8,18}(\.tmp|\.replaced)?")
@@ -157,17 +158,6 @@ def set_aside(folder: Path, why: str = "damaged") -> Path:
 def folders_set_aside(root: Path) -> list[Path]:
     """The folders that `set_aside` renamed."""
     return sorted(path for path in root.iterdir() if _SET_ASIDE.fullmatch(path.name))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, also after a crash."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    flush_folder(path.parent)
 
 
 def _fault(folder: Path, step: int) -> CheckpointError | None:

@@ -154,15 +154,6 @@ def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _manifest_of(folder: Path, value: dict[str, Any]) -> Manifest:
     where = folder / MANIFEST
     if value.get("format") != FORMAT:

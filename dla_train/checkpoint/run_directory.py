@@ -18,10 +18,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
+from dla_train.durable import write_atomically
 from dla_train.parallel.mesh import Mesh
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"

@@ -24,9 +24,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
-from dla_train.checkpoint.folders import commit, partial_folder, write_atomically
+from dla_train.checkpoint.folders import commit, partial_folder
 from dla_train.checkpoint.manifest import TRAINER, FileRecord, parse_json, read_small, write_hashed
 from dla_train.checkpoint.tensor_files import write_tensor_files
+from dla_train.durable import write_atomically
 
 logger = logging.getLogger(__name__)
 

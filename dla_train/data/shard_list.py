@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -18,6 +17,7 @@ from dla_train.data.errors import TokenFileError
 from dla_train.data.manifest import read_manifest
 from dla_train.data.token_file import token_file_paths
 from dla_train.data_config import training_sources
+from dla_train.durable import write_atomically
 
 FORMAT_VERSION = 1
 _REMAKE = "copy it again from where it was made, or write the corpus again with `dla-prepare tokens`"
@@ -46,12 +46,7 @@ def write_shard_list(prefix: str | Path, shards: Sequence[Shard]) -> None:
     """Write the list of PREFIX atomically."""
     path = shard_list_path(prefix)
     contents = {"format_version": FORMAT_VERSION, "shards": [dataclasses.asdict(shard) for shard in shards]}
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(contents, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    write_atomically(path, json.dumps(contents, indent=2) + "\n")
 
 
 def read_shard_list(prefix: str | Path) -> list[Shard]:

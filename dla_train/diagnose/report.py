@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from dla_train.checkpoint.checkpointer import own_version
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.data.indexed import TokenFiles
 from dla_train.diagnose.arms import Arm
 from dla_train.diagnose.comparison import Comparison, Quantity, as_plain
@@ -21,6 +20,7 @@ from dla_train.diagnose.figures import plot_loss_by_position, plot_perplexity_by
 from dla_train.diagnose.scoring import Documents
 from dla_train.diagnose.settings import DiagnoseConfig
 from dla_train.diagnose.statistics import Losses, Means, position_sums
+from dla_train.durable import write_atomically
 from dla_train.models.cost import parameter_count
 
 NAME = "diagnostics"

@@ -36,12 +36,15 @@ class ModelParallelUnit:
         self._tensor, self._batch = axes.tensor, axes.batch
 
     def get_model_parallel_rank(self) -> int:
+        """Of the tensor axis."""
         return self._tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
+        """Of the tensor axis."""
         return self._tensor.size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Of the tensor axis."""
         return self._tensor.process_group()
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
@@ -49,21 +52,27 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
+        """The first of the tensor axis, among all ranks."""
         return dist.get_global_rank(self._tensor.process_group(), 0)
 
     def get_data_parallel_rank(self) -> int:
+        """Of the batch axis."""
         return self._batch.rank
 
     def get_data_parallel_world_size(self) -> int:
+        """Of the batch axis."""
         return self._batch.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Of the batch axis."""
         return self._batch.process_group()
 
     def get_data_parallel_group_ranks(self) -> list[int]:
+        """The batch axis, as ranks among all."""
         return dist.get_process_group_ranks(self._batch.process_group())
 
     def get_pipeline_model_parallel_world_size(self) -> int:
+        """There is no pipeline."""
         return 1
 
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import ConfigError, ParallelConfig
 from dla_train.config_rules import longest_context
+from dla_train.durable import write_atomically
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.heat_map import write_heat_map
 from dla_train.harness.inputs import check_files, needle_samples, needles_of

@@ -7,11 +7,11 @@ cut off goes on by the same command. The folder can then be copied to machines w
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dla_train.durable import write_atomically
 from dla_train.harness.documents import HAYSTACK, local_files
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.settings import EvaluateConfig, units
@@ -49,10 +49,7 @@ def _once(path: Path, pieces: Callable[[], Iterable[str]]) -> list[Path]:
         return []
     made = pieces()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(made)
-    os.replace(partial, path)
+    write_atomically(path, "".join(made))
     print(f"{path} written ({path.stat().st_size:,} bytes)")
     return [path]
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dla_train.checkpoint.folders import write_atomically
+from dla_train.durable import write_atomically
 from dla_train.intervals import CONFIDENCE, Interval
 from dla_train.recall.comparison import ArmNumbers, compare_arms
 from dla_train.recall.figures import plot_accuracy, plot_curves

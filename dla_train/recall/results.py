@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.checkpoint.checkpointer import own_version
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import ConfigError
+from dla_train.durable import write_atomically
 from dla_train.recall.arms import study_arms, study_tasks
 from dla_train.recall.comparison import compare_arms
 from dla_train.recall.runs import StudyRuns, as_result

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import Config, ConfigError
+from dla_train.durable import write_atomically
 from dla_train.parallel.cores import available_cores
 from dla_train.parallel.mesh import pick_device
 from dla_train.recall.arms import Arm, study_arms, study_tasks

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dla_train.checkpoint.folders import write_atomically
+from dla_train.durable import write_atomically
 
 # 2 is a mistake in the configuration, the data or the run directory (hydra_app.MISTAKE): the same command fails again
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dla_train.checkpoint.folders import write_atomically
+from dla_train.durable import write_atomically
 
 JOURNAL_FILE = "journal.jsonl"
 

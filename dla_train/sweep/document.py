@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dla_train.checkpoint.folders import write_atomically
+from dla_train.durable import write_atomically
 
 PICTURES = "report"
 """Folder of the Markdown's pictures."""

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import ConfigError
+from dla_train.durable import write_atomically
 from dla_train.intervals import CONFIDENCE
 from dla_train.sweep.definition import sweep_from_dict
 from dla_train.sweep.outcomes import Outcome

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import torch
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import process_lives, process_record, seems_held
 from dla_train.config import ConfigError
+from dla_train.durable import write_atomically
 from dla_train.parallel.cores import available_cores
 from dla_train.run_process import command, environment
 

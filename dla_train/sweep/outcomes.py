@@ -13,9 +13,9 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import ConfigError
+from dla_train.durable import write_atomically
 from dla_train.hydra_app import MISTAKE
 from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import DIVERGED, HUNG, STATUS_FILE, read_status

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
+from dla_train.durable import write_atomically
 from dla_train.hydra_app import compose, config_to_yaml
 from dla_train.run_process import quoted
 from dla_train.sweep.definition import Scalar, SweepConfig, override_key, sweep_axes

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import process_lives, seems_held
 from dla_train.config import Config, ConfigError
+from dla_train.durable import write_atomically
 from dla_train.launch.settings import LauncherConfig
 from dla_train.launch.slurm import SubmitError, directives, job_script, submit, try_submission
 from dla_train.sweep.definition import SweepConfig

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.config import ConfigError
+from dla_train.durable import write_atomically
 from dla_train.launch.settings import LauncherConfig
 from dla_train.launch.slurm import STAY_FILE, SubmitError, job_script, submit, try_submission
 from dla_train.sweep.launchers import OUTPUT_FILE, START_FILE, START_LINE, Job, read_start

@@ -100,7 +100,9 @@ def test_merge_caches_are_carried_between_rows_and_keep_the_size_that_is_printed
         model, memory = configs(check.arguments["backbone"], "dla", json.loads(check.arguments.get("changes", "{}")))
         heads, keys = model.num_heads // ranks, max(model.num_key_heads // ranks, 1)
         # states, routing sums, gates and the taps' window; then counts, scores, fill and position of 8 bytes
-        numbers = heads * memory.capacity * (4 * 6 + memory.routing_dim + 1) + 3 * (heads * 6 + 2 * keys * (4 + memory.routing_dim))
+        numbers = heads * memory.capacity * (4 * 6 + memory.routing_dim + 1) + 3 * (
+            heads * 6 + 2 * keys * (4 + memory.routing_dim)
+        )
         others = heads * memory.capacity * 16 + 8 * heads + 8
         axes = Axes.planned(tensor=check.tensor, context=check.context)
         assert merge_cache_bytes(model, memory, axes, rows=2) == 2 * 2 * (4 * numbers + others)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dla_train.checkpoint.folders import write_atomically
 from dla_train.checkpoint.run_lock import RunLock, process_record
 from dla_train.config import ConfigError
+from dla_train.durable import write_atomically
 from dla_train.sweep import command, slurm_array
 from dla_train.sweep.outcomes import Outcome, read_outcome
 from dla_train.sweep.slurm_launcher import SlurmJob, SlurmLauncher, job_of

@@ -258,6 +258,7 @@ def _shares(p_affinity, p_sharpness, o_x, m_x, H, S: tl.constexpr, BS: tl.conste
 def content_weights_kernel(
     p_slot, p_affinity, p_gain, p_sharpness, p_out, rows, H, S: tl.constexpr, BS: tl.constexpr, BX: tl.constexpr,
 ):  # fmt: skip
+    """w = slot + gain * softmax(sharpness * affinity), for a block of tokens and heads; the null slot gets a share."""
     o_x = tl.program_id(0).to(tl.int64) * BX + tl.arange(0, BX)
     o_s = tl.arange(0, BS)
     m_x = o_x < rows

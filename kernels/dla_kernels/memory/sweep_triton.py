@@ -41,6 +41,7 @@ def load_transposed(pointer, rows, columns, stride, height, width):
 
 @triton.jit
 def store_tile(pointer, rows, columns, stride, height, width, block):
+    """The part of `block` inside height x width, to a row-major matrix."""
     mask = (rows[:, None] < height) & (columns[None, :] < width)
     tl.store(pointer + rows[:, None] * stride + columns[None, :], block, mask=mask)
 

@@ -106,6 +106,7 @@ def store_by_rank(
 
 @triton.jit(do_not_specialize=["size"])
 def token_deaths_kernel(p_boundary, p_death, p_out, size, BX: tl.constexpr):
+    """Death of the boundary at each token, `FAR` at most, and -1 where there is none."""
     o_x = tl.program_id(0).to(tl.int64) * BX + tl.arange(0, BX)
     m_x = o_x < size
     m_boundary = tl.load(p_boundary + o_x, mask=m_x, other=0) != 0
