@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm test-hosts check recall recall-gpu bench bench-train kernel-report clean
+.PHONY: help install quickstart test test-gpu test-multigpu test-faults test-slurm test-hosts check docs recall recall-gpu bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -52,10 +52,13 @@ test-hosts: $(STAMP)  ## Two hosts of this machine that lose each other (root)
 	@$(BIN)/python -m tests.launch.hosts
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m hosts tests/launch
 
-check: $(STAMP)  ## Lint, formatting and types
+check: $(STAMP) docs  ## Lint, formatting, types, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## Build the documentation into build/site
+	$(BIN)/mkdocs build
 
 bench: $(STAMP)  ## Measure speed side by side; writes docs/results/
 	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.bench
