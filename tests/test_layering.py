@@ -1,6 +1,7 @@
 """Imports point one way, and each heavy third party has one door."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_imports_of_every_file_point_down() -> None:
     ]
     assert len(files) > 30
     assert [wrong for path in files for wrong in violations(path.relative_to(ROOT).as_posix(), path.read_text())] == []
+
+
+def test_the_table_of_the_docs_is_this_one() -> None:
+    docs = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = docs.partition("## Layers")[2].split("```")[1]
+    assert [set(re.findall(r"\w+", layer)) for layer in table.split("<")] == list(LAYERS)
 
 
 @pytest.mark.parametrize(
