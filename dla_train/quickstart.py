@@ -22,7 +22,7 @@ from dla_train.checkpoint import CheckpointError, complete_steps
 from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.indexed import TokenFiles
-from dla_train.data.loader import open_sources
+from dla_train.data.loader import DataSources, HeldOutSource, open_sources
 from dla_train.data.tokenizer import load_tokenizer
 from dla_train.data_config import training_sources
 from dla_train.evaluate.held_out import HeldOut, held_out_loss
@@ -93,9 +93,8 @@ def _train(overrides: list[str], stop: int) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-def measure(config: Config) -> dict[str, object]:
-    """Held-out loss, bits per byte, the unigram entropy to beat, and a sample, of the run's newest checkpoint."""
-    model, _, step = load_model(config.run_dir)
+def _sources(config: Config) -> tuple[DataSources, HeldOutSource]:
+    """The run's data, and of it what is held out."""
     sources = open_sources(
         config.data,
         global_batch_rows=config.train.global_batch_rows,
@@ -103,7 +102,14 @@ def measure(config: Config) -> dict[str, object]:
         vocab_size=config.model.vocab_size,
     )
     assert sources.validation is not None  # the experiment names validation files
-    batches = sources.validation.validation_batches(HELD_OUT_BATCHES, 0, 1, config.train.micro_batch_rows)
+    return sources, sources.validation
+
+
+def measure(config: Config) -> dict[str, object]:
+    """Held-out loss, bits per byte, the unigram entropy to beat, and a sample, of the run's newest checkpoint."""
+    model, _, step = load_model(config.run_dir)
+    sources, held_out = _sources(config)
+    batches = held_out.validation_batches(HELD_OUT_BATCHES, 0, 1, config.train.micro_batch_rows)
     result: HeldOut = held_out_loss(model, batches, sources.tokenizer, model.embedding.weight.device)
     training_files = TokenFiles([prefix for source in training_sources(config.data) for prefix in source.prefixes])
     prompt = sources.tokenizer.encode(PROMPT)
@@ -137,14 +143,8 @@ def draw(config: Config, entropy: object, resumed_at: int) -> list[Path]:
         levels={"unigram entropy": float(str(entropy))},
         resumed_at=[resumed_at],
     )
-    sources = open_sources(
-        config.data,
-        global_batch_rows=config.train.global_batch_rows,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
-    )
-    assert sources.validation is not None
-    text = tokenizer.decode(sources.validation.files.read(0).tolist())[:MAP_CHARACTERS]
+    sources, held_out = _sources(config)
+    text = tokenizer.decode(held_out.files.read(0).tolist())[:MAP_CHARACTERS]
     sources.train.close()
     found = inspect_text(model, tokenizer, text)
     head = found.typical(config.memory.target_boundary_rate)

@@ -124,6 +124,19 @@ def _unknown(key: str) -> str:
 
 def check(study: StudyConfig) -> None:
     """What can be checked without building the arms. Raises ConfigError at the first rule broken."""
+    _check_numbers(study)
+    _check_seeds_and_rates(study)
+    _check_names(study)
+    for key, group, own in (
+        ("optim", study.optim, ("lr",)),
+        ("model", study.model, ("name", "backbone", "vocab_size")),
+    ):
+        filled = [name for name in own if name in group]
+        if filled:
+            raise ConfigError(f"{key}.{filled[0]} is filled in by the study; leave it out")
+
+
+def _check_numbers(study: StudyConfig) -> None:
     for key, least in AT_LEAST.items():
         if getattr(study, key) < least:
             raise ConfigError(f"{key}={getattr(study, key)} is below {least}; use {least} or more")
@@ -134,8 +147,14 @@ def check(study: StudyConfig) -> None:
         value = getattr(study, key)
         if value is not None and value <= 0:
             raise ConfigError(f"{key}={value} must be above 0, or left out")
+
+
+def _check_seeds_and_rates(study: StudyConfig) -> None:
     if not study.learning_rates or min(study.learning_rates) <= 0:
         raise ConfigError(f"learning_rates={study.learning_rates} must name at least one rate above 0")
+    for arm, rate in study.rates.items():
+        if rate <= 0:
+            raise ConfigError(f"rates.{arm}={rate} must be above 0")
     for key in ("learning_rates", "seeds", "tuning_seeds", "backbones"):
         values = getattr(study, key)
         if not values or len(set(values)) < len(values):
@@ -146,22 +165,16 @@ def check(study: StudyConfig) -> None:
     shared = sorted(set(study.tuning_seeds) & set(study.seeds))
     if shared:
         raise ConfigError(f"tuning_seeds={study.tuning_seeds} has {shared}, which are of seeds too; choose others")
-    for arm, rate in study.rates.items():
-        if rate <= 0:
-            raise ConfigError(f"rates.{arm}={rate} must be above 0")
+
+
+def _check_names(study: StudyConfig) -> None:
+    there = ", ".join(study.parts) or "there are none"
     if study.easy is not None and study.easy not in study.parts:
-        raise ConfigError(f"easy={study.easy} is none of parts: {', '.join(study.parts) or 'there are none'}")
+        raise ConfigError(f"easy={study.easy} is none of parts: {there}")
     unknown = [label for label in study.weights if label not in study.parts]
     if unknown:
-        raise ConfigError(f"weights.{unknown[0]} is none of parts: {', '.join(study.parts) or 'there are none'}")
+        raise ConfigError(f"weights.{unknown[0]} is none of parts: {there}")
     if study.weights and (min(study.weights.values()) < 0 or not any(study.weights.values())):
         raise ConfigError(f"weights={study.weights} must be odds of at least 0, one of them above")
     if study.baseline not in study.memories:
         raise ConfigError(f"baseline={study.baseline} is none of memories: {', '.join(study.memories)}")
-    for key, group, own in (
-        ("optim", study.optim, ("lr",)),
-        ("model", study.model, ("name", "backbone", "vocab_size")),
-    ):
-        filled = [name for name in own if name in group]
-        if filled:
-            raise ConfigError(f"{key}.{filled[0]} is filled in by the study; leave it out")

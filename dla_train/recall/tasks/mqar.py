@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dla_train.recall.tasks.drawing import distinct
 from dla_train.recall.tasks.errors import check_fields, reject
-from dla_train.recall.tasks.task import IGNORED, RecallBatch
+from dla_train.recall.tasks.task import IGNORED, AnyIdTask, RecallBatch
 
 
-@dataclass(frozen=True)
-class Mqar:
+@dataclass(frozen=True, kw_only=True)
+class Mqar(AnyIdTask):
     """zoology's `multiquery_ar`, with one pass over the pairs."""
 
     name: ClassVar[str] = "mqar"
@@ -40,24 +40,14 @@ class Mqar:
         check_fields(self, {"pairs": 1, "tokens": 1, "vocab_size": 2})
         _check_room(self, self.pairs, 4 * self.pairs)
 
-    @property
-    def vocabulary(self) -> tuple[int]:
-        """All ids."""
-        return (self.vocab_size,)
-
-    @property
-    def answers(self) -> int:
-        """A target is a value's id."""
-        return self.vocab_size
-
     def batch(self, rows: int, generator: torch.Generator) -> RecallBatch:
         """inputs [B, T], targets [B, T]."""
         keys, values = _pairs(rows, self.pairs, self.vocab_size, generator)
         return _with_queries(self, keys, values, torch.stack([keys, values], 2).flatten(1), generator)
 
 
-@dataclass(frozen=True)
-class ForgettingMqar:
+@dataclass(frozen=True, kw_only=True)
+class ForgettingMqar(Mqar):
     """zoology's `forgetting_mqar`: after the pairs some keys are given again, with another value, which is the answer.
 
     Two things differ. Here the new value is never the key's first one; there it differs from the first value of some
@@ -65,34 +55,14 @@ class ForgettingMqar:
     """
 
     name: ClassVar[str] = "forgetting_mqar"
-    pairs: int
-    """N: keys given, and asked."""
     updates: int
     """Keys given again, each once, in random order; the other pairs - updates keep their first value."""
-    tokens: int = 64
-    """T."""
-    vocab_size: int = 8192
-    """As in Mqar."""
-    power_a: float = 0.01
-    """As in Mqar."""
-    random_non_queries: bool = True
-    """As in Mqar."""
 
     def __post_init__(self) -> None:
         check_fields(self, {"pairs": 1, "updates": 0, "tokens": 1, "vocab_size": 2})
         if self.updates > self.pairs:
             reject(self, "updates", f"is more than pairs={self.pairs}", f"give {self.pairs} or less")
         _check_room(self, self.pairs, 4 * self.pairs + 2 * self.updates)
-
-    @property
-    def vocabulary(self) -> tuple[int]:
-        """All ids."""
-        return (self.vocab_size,)
-
-    @property
-    def answers(self) -> int:
-        """A target is a value's id."""
-        return self.vocab_size
 
     def batch(self, rows: int, generator: torch.Generator) -> RecallBatch:
         """inputs [B, T], targets [B, T]."""
@@ -107,7 +77,7 @@ class ForgettingMqar:
         return _with_queries(self, keys, first.scatter(1, updated, renewed), given, generator)
 
 
-def _check_room(task: Mqar | ForgettingMqar, pairs: int, needed: int) -> None:
+def _check_room(task: Mqar, pairs: int, needed: int) -> None:
     if not 0 <= task.power_a <= 1:
         reject(task, "power_a", "is out of range", "give a number from 0 to 1")
     if task.tokens % 2:
@@ -127,9 +97,7 @@ def _pairs(rows: int, pairs: int, vocab_size: int, generator: torch.Generator) -
     return keys, lowest + distinct(rows, pairs, vocab_size - lowest, generator)
 
 
-def _with_queries(
-    task: Mqar | ForgettingMqar, keys: Tensor, answers: Tensor, given: Tensor, generator: torch.Generator
-) -> RecallBatch:
+def _with_queries(task: Mqar, keys: Tensor, answers: Tensor, given: Tensor, generator: torch.Generator) -> RecallBatch:
     """Rows of `given` [B, G] and then queries for `keys` [B, N], whose answers are `answers` [B, N]."""
     rows, start = given.shape
     space = (task.tokens - start) // 2

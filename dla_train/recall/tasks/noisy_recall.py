@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 
 from dla_train.recall.tasks.errors import check_fields, reject
-from dla_train.recall.tasks.task import IGNORED, RecallBatch
+from dla_train.recall.tasks.task import IGNORED, AnyIdTask, RecallBatch
 
 
 @dataclass(frozen=True)
-class NoisyRecall:
+class NoisyRecall(AnyIdTask):
     """MAD-lab's `noisy-in-context-recall`, which asks many times in a row; without noise its `in-context-recall`."""
 
     name: ClassVar[str] = "noisy_recall"
@@ -47,16 +47,6 @@ class NoisyRecall:
     def tokens(self) -> int:
         """T."""
         return 2 * self.slots - 1
-
-    @property
-    def vocabulary(self) -> tuple[int]:
-        """All ids."""
-        return (self.vocab_size,)
-
-    @property
-    def answers(self) -> int:
-        """A target is any id."""
-        return self.vocab_size
 
     def batch(self, rows: int, generator: torch.Generator) -> RecallBatch:
         """inputs [B, T], targets [B, T]."""

@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 
 from dla_train.recall.tasks.errors import check_fields, reject
-from dla_train.recall.tasks.task import IGNORED, RecallBatch
+from dla_train.recall.tasks.task import IGNORED, AnyIdTask, RecallBatch
 
 
 @dataclass(frozen=True)
-class SelectiveCopying:
+class SelectiveCopying(AnyIdTask):
     """The last two ids are the blank and the copy token; all others are copied."""
 
     name: ClassVar[str] = "selective_copying"
@@ -33,16 +33,6 @@ class SelectiveCopying:
         if self.tokens < 2 * self.copied + 2:
             rule = f"does not hold copied={self.copied} twice, a blank and the copy token"
             reject(self, "tokens", rule, f"give {2 * self.copied + 2} or more")
-
-    @property
-    def vocabulary(self) -> tuple[int]:
-        """All ids."""
-        return (self.vocab_size,)
-
-    @property
-    def answers(self) -> int:
-        """A target is any id, though the last two are never asked."""
-        return self.vocab_size
 
     def batch(self, rows: int, generator: torch.Generator) -> RecallBatch:
         """inputs [B, T], targets [B, T]."""

@@ -47,3 +47,19 @@ class RecallTask(Protocol):
     def batch(self, rows: int, generator: torch.Generator) -> RecallBatch:
         """`rows` new rows on the CPU; the same generator state gives the same rows."""
         ...
+
+
+class AnyIdTask:
+    """A task whose tokens and answers are the same ids, of its `vocab_size`."""
+
+    vocab_size: int
+
+    @property
+    def vocabulary(self) -> tuple[int]:
+        """All ids."""
+        return (self.vocab_size,)
+
+    @property
+    def answers(self) -> int:
+        """A target may be any id."""
+        return self.vocab_size
