@@ -298,6 +298,17 @@ class StepOptions:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Token:
+    """One token of every sequence, each sequence's rows dense."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor | None
+
+
 @launch.eager
 def step(
     q: Tensor,
@@ -312,48 +323,36 @@ def step(
 ) -> Tensor:
     """o [B, H, V] in v's dtype; `cache` is updated in place. Raises ValueError on shapes that do not fit."""
     _check_shapes(q, k, v, log_decay, beta, read_weights, cache, options.tau, routing)
-    batch, heads, slots, key_dim, value_dim = cache.states.shape
-    rho, kappa, gain, sharpness = (None,) * 4 if routing is None else routing
     q, k, v = (_dense_rows(x) for x in (q, k, v))
+    token = _Token(q, k, v, log_decay.contiguous(), None if beta is None else beta.contiguous())
+    source, weights = _decide(token, read_weights.contiguous(), cache, options, routing)
+    return _update(token, source, weights, cache, options)
+
+
+def _decide(
+    token: _Token,
+    read_weights: Tensor,
+    cache: MergeCache,
+    options: StepOptions,
+    routing: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """Boundary and merge of every list: which old slots each slot is made of from now on, and its read weight."""
+    k, v = token.k, token.v
+    rho, kappa, gain, sharpness = (None,) * 4 if routing is None else routing
     rho, kappa = (None if x is None else _dense_rows(x) for x in (rho, kappa))
-    log_decay, beta = log_decay.contiguous(), None if beta is None else beta.contiguous()
-    tau = options.tau if isinstance(options.tau, Tensor) else None
+    batch, heads, slots = cache.counts.shape
+    tau = options.tau.to(torch.float32).expand(heads).contiguous() if isinstance(options.tau, Tensor) else None
     source = torch.empty(batch, heads, slots + 1, dtype=torch.int32, device=v.device)
     weights = torch.empty(batch, heads, slots, dtype=torch.float32, device=v.device)
-    o = torch.empty(batch, heads, value_dim, dtype=v.dtype, device=v.device)
-    settings = launch.tuning("step_decide", v.device)
-    settings["BV"] = min(launch.power_of_2(value_dim, 16), settings["BV"])
-    group = heads // k.shape[1]
-    sizes = {"K": key_dim, "V": value_dim, "S": slots, "GROUP": group, "BK": launch.power_of_2(key_dim, 16)}
     launch.launch(
         step_decide_kernel,
         (batch * heads,),
-        k,
-        v,
-        log_decay,
-        beta,
-        read_weights.contiguous(),
-        None if tau is None else tau.to(torch.float32).expand(heads).contiguous(),
-        rho,
-        kappa,
-        None if gain is None else gain.contiguous(),
-        None if sharpness is None else sharpness.contiguous(),
-        cache.states,
-        cache.counts,
-        cache.scores,
-        cache.gates,
-        cache.fill,
-        cache.position,
-        cache.key_sums,
-        source,
-        weights,
-        float(options.tau) if tau is None else 0.0,
-        k.stride(0),
-        v.stride(0),
-        0 if rho is None else rho.stride(0),
-        0 if kappa is None else kappa.stride(0),
-        options.interval,
-        heads,
+        *(k, v, token.log_decay, token.beta, read_weights, tau, rho, kappa),
+        *(None if x is None else x.contiguous() for x in (gain, sharpness)),
+        *(cache.states, cache.counts, cache.scores, cache.gates, cache.fill, cache.position, cache.key_sums),
+        *(source, weights, 0.0 if isinstance(options.tau, Tensor) else float(options.tau)),
+        *(0 if x is None else x.stride(0) for x in (k, v, rho, kappa)),
+        *(options.interval, heads),
         R=1 if cache.key_sums is None else cache.key_sums.shape[-1],
         RHO_GROUP=1 if rho is None else heads // rho.shape[1],
         KAPPA_GROUP=1 if kappa is None else heads // kappa.shape[1],
@@ -362,35 +361,35 @@ def step(
         DRIFT=options.drift,
         RULE="oldest" if options.policy == "fixed" else options.capacity_rule,
         BS=launch.power_of_2(slots + 1, 16),
-        **sizes,
-        **settings,
+        **_sizes(token, cache, "step_decide"),
     )
-    settings = launch.tuning("step_update", v.device)
-    settings["BV"] = min(launch.power_of_2(value_dim, 16), settings["BV"])
+    return source, weights
+
+
+def _update(token: _Token, source: Tensor, weights: Tensor, cache: MergeCache, options: StepOptions) -> Tensor:
+    """Merge, transition, write and read every slot: o [B, H, V]."""
+    q, k, v = token.q, token.k, token.v
+    batch, heads, value_dim = v.shape
+    o = torch.empty(batch, heads, value_dim, dtype=v.dtype, device=v.device)
+    sizes = _sizes(token, cache, "step_update")
     launch.launch(
         step_update_kernel,
-        (batch * heads * launch.cdiv(value_dim, settings["BV"]),),
-        q,
-        k,
-        v,
-        log_decay,
-        beta,
-        source,
-        weights,
-        cache.states,
-        cache.fill,
-        cache.position,
-        o,
-        float(options.scale),
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        heads,
+        (batch * heads * launch.cdiv(value_dim, sizes["BV"]),),
+        *(q, k, v, token.log_decay, token.beta, source, weights, cache.states, cache.fill, cache.position, o),
+        *(float(options.scale), q.stride(0), k.stride(0), v.stride(0), heads),
         FROZEN=options.frozen,
         **sizes,
-        **settings,
     )
     return o
+
+
+def _sizes(token: _Token, cache: MergeCache, kernel: str) -> dict[str, int]:
+    """Constants that both kernels are compiled for, and a kernel's launch settings."""
+    _, heads, slots, key_dim, value_dim = cache.states.shape
+    settings = launch.tuning(kernel, token.v.device)
+    settings["BV"] = min(launch.power_of_2(value_dim, 16), settings["BV"])
+    group = heads // token.k.shape[1]
+    return {"K": key_dim, "V": value_dim, "S": slots, "GROUP": group, "BK": launch.power_of_2(key_dim, 16), **settings}
 
 
 def _dense_rows(x: Tensor) -> Tensor:
