@@ -27,6 +27,11 @@ from dla_train.checkpoint.run_lock import LOCK_FILE, seems_held
 from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import STATUS_FILE, read_status
 
+_EXAMPLES = """examples:
+  dla-runs                            # every run below runs/
+  dla-runs runs/sweeps/tau_capacity build/quickstart
+  dla-runs --json runs | jq '.[] | select(.state == "died") | .folder'
+"""
 _MARKS = (RUN_FILE, STATUS_FILE, CONFIG_FILE)
 
 
@@ -103,7 +108,12 @@ def table(runs: Sequence[RunState]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns 0, or 2 where a folder does not exist or nothing was found."""
-    parser = argparse.ArgumentParser(prog="dla-runs", description="How runs stand, one line each.")
+    parser = argparse.ArgumentParser(
+        prog="dla-runs",
+        description="How runs stand, one line each.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], help="run folders or what holds them")
     parser.add_argument("--json", action="store_true", help="print JSON; absent and not finite numbers are null")
     options = parser.parse_args(arguments)

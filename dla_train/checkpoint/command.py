@@ -30,6 +30,13 @@ from dla_train.checkpoint.folders import (
 from dla_train.checkpoint.manifest import MARKER
 from dla_train.checkpoint.stored import StoredCheckpoint, open_step
 
+_EXAMPLES = """examples:
+  dla-checkpoint list runs/my-run
+  dla-checkpoint inspect runs/my-run --step 2000 --tensors
+  dla-checkpoint verify runs/my-run                                    # exit code 1 names what is damaged
+  dla-checkpoint prune runs/my-run --keep-last 2 --keep-every 10000 --dry-run
+"""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Console entry."""
@@ -43,7 +50,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dla-checkpoint", description="Look after the checkpoints of a run.")
+    parser = argparse.ArgumentParser(
+        prog="dla-checkpoint",
+        description="Look after the checkpoints of a run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

@@ -33,6 +33,12 @@ COMPARED_TOKENS = 64
 """Length of the row on which source and import are compared."""
 SOURCE_BOUND = 1e-4
 """Largest difference from the source as a share of the largest logit: float32 sums in another order, over layers."""
+_EXAMPLES = """examples:
+  dla-import mamba2-780m/ --output mamba2                              # as it is: one state a head
+  dla-import mamba2-780m/ memory=dla memory.capacity=16 --output mamba2-dla
+  dla-import gdn-1.3B/ memory=dla_rate --tokenizer my.model --dtype bfloat16 --output gdn-dla
+  dla-train experiment=upcycle train.initial=mamba2-dla ...            # goes on training it
+"""
 RUN_BY_TRANSFORMERS = ("mamba2", "qwen3_next")
 """Sources that transformers computes without packages of others."""
 
@@ -114,7 +120,10 @@ def _difference(source: Path, content: Content) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Console entry."""
     parser = argparse.ArgumentParser(
-        prog="dla-import", description="Make a model folder of a published Mamba-2 or Gated DeltaNet checkpoint."
+        prog="dla-import",
+        description="Make a model folder of a published Mamba-2 or Gated DeltaNet checkpoint.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="checkpoint folder: config.json and safetensors")
     parser.add_argument("overrides", nargs="*", help="memory settings, such as memory=dla_slot or memory.capacity=16")

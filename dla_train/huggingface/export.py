@@ -33,9 +33,20 @@ def export_run(
     return write_folder(content, output, dtype=dtype, shard_bytes=shard_bytes), chosen
 
 
+_EXAMPLES = """examples:
+  dla-export --run runs/my-run --output my-model                       # float32, logits verified before it is kept
+  dla-export --run runs/my-run --step 20000 --output my-model --dtype bfloat16 --shard-gigabytes 2
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Console entry."""
-    parser = argparse.ArgumentParser(prog="dla-export", description="Write a run's model as a Hugging Face folder.")
+    parser = argparse.ArgumentParser(
+        prog="dla-export",
+        description="Write a run's model as a Hugging Face folder.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--run", type=Path, required=True, help="run folder (config and checkpoints)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--step", type=int, help="checkpoint to take; by default the newest")
