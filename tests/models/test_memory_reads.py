@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dla_train.models.backbone import StateInputs
 from dla_train.models.memory_reads import MemoryReader, Tau
@@ -75,6 +76,23 @@ def test_routing_terms_have_unit_length(tiny, routing):
     for vector in (terms.rho, terms.kappa):
         assert vector.shape == (1, 9, 2, 4 if routing == "qk" else 3)
         torch.testing.assert_close(vector.norm(dim=-1), torch.ones(1, 9, 2))
+
+
+def test_routing_keys_are_a_signed_mean_of_the_last_tokens_of_their_document(tiny):
+    reader = reader_of(tiny("mamba2", "dla", routing="convolved", routing_dim=3))
+    for parameter in reader.routing.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    hidden, begin = torch.randn(1, 9, 12), 4
+    positions = torch.cat([torch.arange(begin), torch.arange(9 - begin)])[None]
+    terms = reader.routing(hidden, inputs_of(9), positions, None)
+    for projection, found in (("rho", terms.rho), ("kappa", terms.kappa)):
+        x = getattr(reader.routing, projection)(hidden)[0]
+        taps = getattr(reader.routing.conv, projection)
+        rows = [
+            sum(taps[:, -1 - back] * x[t - back] for back in range(taps.shape[1]) if back <= positions[0, t])
+            for t in range(9)
+        ]
+        torch.testing.assert_close(found[0], F.normalize(torch.stack(rows).view(9, 2, 3), dim=-1))
 
 
 def test_a_learned_tau_stays_inside_its_bounds_whatever_its_parameter():
