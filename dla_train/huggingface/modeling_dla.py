@@ -97,9 +97,10 @@ class DLAForCausalLM(PreTrainedModel, GenerationMixin):
             past.tokens += 1
         else:
             before = past.layers if past is not None else None
-            places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)[:, -logits_to_keep:]
-            out = self.model(input_ids, offsets, caches=before, return_caches=use_cache, positions=places.flatten())
-            logits, seen = out.logits.unflatten(0, places.shape), past.tokens if past is not None else 0
+            kept = _last(input_ids, logits_to_keep)
+            out = self.model(input_ids, offsets, caches=before, return_caches=use_cache, positions=kept)
+            logits = out.logits.view(len(input_ids), -1, out.logits.shape[-1])
+            seen = past.tokens if past is not None else 0
             past = DLACache(out.caches, seen + tokens) if out.caches is not None else None
         loss = _loss(logits, labels) if labels is not None else None
         if return_dict is False:
@@ -161,6 +162,13 @@ def _documents(mask: Tensor | None, tokens: int, *, continued: bool) -> Tensor |
         )
     starts = torch.arange(mask.shape[0] + 1, device=mask.device) * tokens
     return torch.cat([starts, starts[:-1] + (~mask).sum(1)]).unique()
+
+
+def _last(tokens: Tensor, count: int) -> Tensor | None:
+    """Where the last `count` tokens of every row are among all tokens [B, T]; None stands for all of them."""
+    if not count:
+        return None
+    return torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)[:, -count:].flatten()
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def full_disk(patch: Patch, of: str = ".safetensors") -> Iterator[None]:
 
     with patch.context() as now:
         now.setattr("dla_train.checkpoint.manifest.open", opened, raising=False)
-        now.setattr("dla_train.checkpoint.folders.open", opened, raising=False)
+        now.setattr("dla_train.durable.open", opened, raising=False)
         yield
 
 

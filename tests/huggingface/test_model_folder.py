@@ -102,6 +102,15 @@ def test_the_loss_of_labels_is_the_mean_over_counted_next_tokens(content, folder
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_logits_of_the_last_tokens_alone_are_the_last_of_all(content, folder, count):
+    model, tokens = opened(folder(content("gated_deltanet", "dla"))), tokens_of(2, 20)
+    last, every = model(tokens, logits_to_keep=count).logits, model(tokens).logits
+    assert every.shape[:2] == (2, 20)
+    torch.testing.assert_close(last, every[:, -count:])
+
+
+@torch.no_grad()
 def test_weights_in_several_files_are_the_same_weights(content, folder):
     made = content("mamba2", "dla")
     path = folder(made, shard_bytes=4000)
