@@ -62,7 +62,7 @@ def configuration(backbone, policy, changes, axes, stage, dtype, rows=None):
             levels=5 if policy == "log_linear" else MemoryConfig.levels,
             interval_tokens=3 if policy == "fixed" else MemoryConfig.interval_tokens,
             gain_init=0.5 if reads.get(policy, "content") == "content" else MemoryConfig.gain_init,
-            # In bfloat16 scores differ by hundredths between layouts: there decisions are asked for that do not hang on them.
+            # In bfloat16 scores differ by hundredths between layouts: there, decisions that do not hang on as much.
             tau=MemoryConfig.tau if policy != "dla" else 1.1 if dtype == "float32" else 0.3,
             capacity_rule="oldest" if policy == "dla" and dtype != "float32" else MemoryConfig.capacity_rule,
         ),
