@@ -25,7 +25,7 @@ class Projected:
     """Linear projections of a mixer's input, before convolution."""
 
     conv_inputs: tuple[Tensor, ...]
-    """[B, T, C_i] each: what passes the short convolution, in the order of the backbone's `conv_channels`."""
+    """[B, T, C_i] each: what passes the short convolution, in the order of the backbone's `conv`."""
     decay_input: Tensor
     """[B, T, H]: before dt_bias and softplus."""
     write_input: Tensor | None
@@ -93,11 +93,6 @@ class ShortConv(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(size, width)))
                 if bias:
                     self.register_parameter(f"bias_{name}", no_decay(nn.Parameter(torch.empty(size))))
-
-    @property
-    def channels(self) -> int:
-        """Channels in the cache's window; 0 without a convolution."""
-        return sum(self.sizes) if self.width else 0
 
     def forward(self, inputs: tuple[Tensor, ...], positions: Tensor, history: Tensor | None) -> tuple[Tensor, ...]:
         """inputs [B, T, C_i] each, positions [B, T], history [B, sum C_i, W-1] | None -> same shapes.
