@@ -1,11 +1,12 @@
-"""The program `dla-diagnose`: compare checkpoints by position and by length of text.
+"""The program `dla-diagnose`: compare checkpoints by position, length of text and recall.
 
   dla-diagnose runs=[runs/single,runs/dla]                            # the first run's validation files
   dla-diagnose runs=[runs/single,runs/dla] data=[data/books] context_tokens=32768 documents=256 output=diagnostics/books
   dla-diagnose runs=[runs/dla@1000,runs/dla] names=[early,late]       # two checkpoints of one run
 
-Writes diagnostics.json, .npz and .md, loss_by_position.png and perplexity_by_length.png into `output`. Exit code 0, or
-2 after a mistake that is explained. Settings and defaults (meanings: dla_train/diagnose/settings.py):
+Writes diagnostics.json, .npz and .md, and pictures of the loss by position, by length and by the distance of what is
+recalled into `output`. Exit code 0, or 2 after a mistake that is explained. Settings and defaults (meanings:
+dla_train/diagnose/settings.py):
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dla_train.config import ConfigError
 from dla_train.data.errors import DataError
 from dla_train.diagnose.arms import losses_of, open_arms, open_documents
 from dla_train.diagnose.comparison import compare, default_lengths
+from dla_train.diagnose.recalled import recall_distances
 from dla_train.diagnose.report import write_report
 from dla_train.diagnose.settings import DiagnoseConfig, read_settings
 from dla_train.evaluate.bands import Bands
@@ -55,6 +57,7 @@ def diagnose(settings: DiagnoseConfig) -> str:
     losses = {arm.name: losses_of(arm, documents, settings) for arm in arms}
     found = compare(
         losses,
+        recall_distances(documents),
         band_edges=settings.band_edges,
         lengths=sorted(lengths),
         bins_per_doubling=settings.bins_per_doubling,

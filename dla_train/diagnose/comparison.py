@@ -1,4 +1,4 @@
-"""What is said about the arms' losses: means by band, curve point and length of text, and differences in pairs."""
+"""What is said about the arms' losses: means by band, curve point, length and recall, and differences in pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dla_train.diagnose.recalled import distance_ranges, means_by_distance
 from dla_train.diagnose.statistics import Losses, Means, context_ranges, curve_ranges, document_means, means
 from dla_train.evaluate.bands import Bands
 
@@ -22,7 +23,7 @@ class Quantity:
     """Some numbers of every arm, and of every other arm minus the first on the same documents."""
 
     ranges: Ranges
-    """Positions each number is of."""
+    """Positions, or distances, that each number is of."""
     arms: Mapping[str, Means]
     differences: Mapping[str, Means]
 
@@ -32,6 +33,11 @@ class Quantity:
         arms = {name: line.mapped(np.exp) for name, line in self.arms.items()}
         ratios = {name: line.mapped(lambda loss: 100 * np.expm1(loss)) for name, line in self.differences.items()}
         return Quantity(self.ranges, arms, ratios)
+
+    def only(self, chosen: slice) -> Quantity:
+        """Some of the numbers."""
+        arms = {name: line.only(chosen) for name, line in self.arms.items()}
+        return Quantity(self.ranges[chosen], arms, {name: x.only(chosen) for name, x in self.differences.items()})
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,15 @@ class Comparison:
     """Nats per token by position."""
     lengths: Quantity
     """Nats per token over the first so many tokens; perplexity is its exponential."""
+    recalled: Quantity
+    """Nats per token by the distance of what is recalled (`recalled.distance_ranges`)."""
     in_context: Quantity | None
     """Loss early in the text minus loss late in it: one number; None where the text is too short for it."""
 
 
 def compare(
     losses: Mapping[str, Losses],
+    distances: NDArray[np.int64],
     *,
     band_edges: Sequence[int],
     lengths: Sequence[int],
@@ -60,7 +69,8 @@ def compare(
 ) -> Comparison:
     """Compare arms whose losses [N, T] are of the same documents; the first is the reference.
 
-    lengths: each in 1 to T. Raises ValueError for edges that do not rise inside T.
+    distances: [N, T] of `recalled.recall_distances`. lengths: each in 1 to T. Raises ValueError for edges that do not
+    rise inside T.
     """
     reference = next(iter(losses))
     positions = losses[reference].shape[1]
@@ -68,6 +78,7 @@ def compare(
     def over(ranges: Ranges) -> Quantity:
         return _quantity(losses, ranges, lambda x: document_means(x, ranges), confidence)
 
+    by_distance = distance_ranges(positions)
     in_context = None
     if (pair := context_ranges(positions)) is not None:
         both = list(pair)
@@ -77,6 +88,7 @@ def compare(
         bands=over(Bands.of(positions, band_edges).ranges),
         curve=over(curve_ranges(positions, bins_per_doubling)),
         lengths=over([(0, length) for length in lengths]),
+        recalled=_quantity(losses, by_distance, lambda x: means_by_distance(x, distances, by_distance), confidence),
         in_context=in_context,
     )
 

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: loss by position and perplexity by length, each above its paired difference."""
+"""Pictures of a comparison: by position, by length and by distance of recall, each above its paired difference."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ def plot_perplexity_by_length(found: Comparison, trained: Sequence[int], title: 
     upper.set_ylabel("perplexity")
     lower.set_ylabel(f"% more than {found.reference}")
     _dress(upper, lower, perplexity, trained, "length of the text in tokens")
+    _save(figure, path)
+
+
+def plot_recalled(found: Comparison, title: str, path: Path) -> None:
+    """Loss of recalled targets by the distance of what is recalled, and what it differs from the reference's."""
+    figure, (upper, lower) = _panels(title)
+    doublings = found.recalled.only(slice(2, None))
+    middles = np.array([((first * (end - 1)) ** 0.5) for first, end in doublings.ranges])
+    _draw(upper, lower, doublings, middles, found.reference, marker="o")
+    upper.set_ylabel("nats per token")
+    lower.set_ylabel(f"nats more than {found.reference}")
+    _dress(upper, lower, doublings, [], "tokens since what is recalled")
     _save(figure, path)
 
 
@@ -92,6 +104,8 @@ def _limit(axes: Axes, lines: Mapping[str, Means], include: float | None = None)
     ends = np.concatenate([np.stack([line.low, line.high]).ravel() for line in lines.values()])
     centres = np.concatenate([line.mean for line in lines.values()])
     ends, centres = ends[np.isfinite(ends)], centres[np.isfinite(centres)]
+    if not len(ends):
+        return
     if include is not None:
         centres = np.append(centres, include)
     low, high = (

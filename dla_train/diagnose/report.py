@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: diagnostics.json, diagnostics.npz, diagnostics.md and two pictures."""
+"""What a comparison leaves in its folder: diagnostics.json, diagnostics.npz, diagnostics.md and three pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dla_train.checkpoint.checkpointer import own_version
 from dla_train.data.indexed import TokenFiles
 from dla_train.diagnose.arms import Arm
 from dla_train.diagnose.comparison import Comparison, Quantity, as_plain
-from dla_train.diagnose.figures import plot_loss_by_position, plot_perplexity_by_length
+from dla_train.diagnose.figures import plot_loss_by_position, plot_perplexity_by_length, plot_recalled
 from dla_train.diagnose.scoring import Documents
 from dla_train.diagnose.settings import DiagnoseConfig
 from dla_train.diagnose.statistics import Losses, Means, position_sums
@@ -24,7 +24,7 @@ from dla_train.durable import write_atomically
 from dla_train.models.cost import parameter_count
 
 NAME = "diagnostics"
-CURVE, PERPLEXITY = "loss_by_position.png", "perplexity_by_length.png"
+CURVE, PERPLEXITY, RECALLED = "loss_by_position.png", "perplexity_by_length.png", "recalled.png"
 
 
 def write_report(
@@ -38,7 +38,7 @@ def write_report(
     """Write everything into settings.output; returns the tables."""
     folder = Path(settings.output)
     facts = _facts(settings, arms, files, documents)
-    numbers = {name: as_plain(getattr(found, name)) for name in ("bands", "lengths", "curve")}
+    numbers = {name: as_plain(getattr(found, name)) for name in ("bands", "lengths", "curve", "recalled")}
     in_context = as_plain(found.in_context)[0] if found.in_context is not None else None
     whole = facts | numbers | {"in_context": _in_context(found, in_context)}
     _write_arrays(folder / f"{NAME}.npz", documents, losses)
@@ -47,7 +47,10 @@ def write_report(
     interval = f"{settings.confidence:.0%} intervals over {len(documents.numbers)} documents, paired below"
     plot_loss_by_position(found, trained, f"Loss by position; {interval}", folder / CURVE)
     plot_perplexity_by_length(found, trained, f"Perplexity by length; {interval}", folder / PERPLEXITY)
-    write_atomically(folder / f"{NAME}.md", f"{text}\n![Loss by position]({CURVE})\n\n![Perplexity]({PERPLEXITY})\n")
+    plot_recalled(found, f"Recalled targets; {interval}", folder / RECALLED)
+    pictures = {"Loss by position": CURVE, "Perplexity": PERPLEXITY, "Recalled": RECALLED}
+    shown = "\n\n".join(f"![{title}]({name})" for title, name in pictures.items())
+    write_atomically(folder / f"{NAME}.md", f"{text}\n{shown}\n")
     write_atomically(folder / f"{NAME}.json", json.dumps(whole, indent=1) + "\n")
     return text
 
@@ -129,11 +132,18 @@ def tables(found: Comparison, facts: dict[str, Any]) -> str:
         ),
         "",
     ]
+    lines += [*_table("nats per token by distance", found.recalled, _distances(found.recalled), reference), ""]
     if found.in_context is not None:
         (a, b), (c, d) = found.in_context.ranges
         score = f"loss at {a} to {b - 1}, less at {c} to {d - 1}"
         lines += [*_table("in-context-learning score", found.in_context, [score], reference), ""]
     return "\n".join(lines)
+
+
+def _distances(recalled: Quantity) -> list[str]:
+    """Names of the ranges of `distance_ranges`."""
+    doublings = [f"recalled from {a} to {b - 1} back" for a, b in recalled.ranges[2:]]
+    return ["not recalled", "recalled", *doublings]
 
 
 def _table(title: str, found: Quantity, names: Sequence[str], reference: str) -> list[str]:

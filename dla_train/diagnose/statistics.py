@@ -46,6 +46,10 @@ class Means:
         """The same under a rising function, such as the exponential that makes a loss a perplexity."""
         return Means(function(self.mean), function(self.low), function(self.high), self.documents)
 
+    def only(self, chosen: slice) -> Means:
+        """Some of the quantities."""
+        return Means(self.mean[chosen], self.low[chosen], self.high[chosen], self.documents[chosen])
+
 
 def position_sums(losses: Losses) -> PositionSums:
     """Count, sum and sum of squares over documents [N, T], in float64."""

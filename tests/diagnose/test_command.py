@@ -63,10 +63,13 @@ def test_arms_are_compared_on_the_same_documents_also_beyond_the_trained_length(
     np.testing.assert_allclose(arrays["total"], np.nansum(nats, 1), rtol=1e-12)
     np.testing.assert_allclose(arrays["difference_total"][0], np.nansum(nats[1] - nats[0], 0), atol=1e-12)
     np.testing.assert_allclose(arrays["difference_squares"][0], np.nansum((nats[1] - nats[0]) ** 2, 0), atol=1e-12)
-    for name in ("loss_by_position.png", "perplexity_by_length.png"):
+    for name in ("loss_by_position.png", "perplexity_by_length.png", "recalled.png"):
         pixels = matplotlib.image.imread(tmp_path / name)
         assert pixels.shape[0] > 400 and pixels[..., :3].std() > 0.05
+    assert [(line["first"], line["end"]) for line in report["recalled"]][:4] == [(0, 1), (1, 48), (1, 2), (2, 4)]
+    assert report["recalled"][0]["arms"]["dla"]["documents"] == 6
     printed = capsys.readouterr().out
+    assert "| recalled from 2 to 3 back |" in printed
     assert "| 3 to 11 |" in printed and printed.strip() in (tmp_path / "diagnostics.md").read_text()
 
 

@@ -17,6 +17,11 @@ from dla_train.diagnose.statistics import (
 NAN = math.nan
 
 
+def no_recall(losses: np.ndarray) -> np.ndarray:
+    """Distances of which nothing is recalled."""
+    return np.zeros(losses.shape, dtype=np.int64)
+
+
 def test_sums_by_position_are_in_float64_over_the_documents_that_have_a_target_there():
     losses = np.array([[1, 2, 3], [5, NAN, 7], [1e-4, 1, NAN]], dtype=np.float32)
     sums = position_sums(losses)
@@ -59,7 +64,9 @@ def test_what_documents_have_in_common_cancels_in_pairs():
     """Documents differ by nats, the arms by 0.1 and 0.3: the interval of the difference knows only the latter."""
     base = np.array([[1.0], [4.0], [9.0]], dtype=np.float64)
     other = base + np.array([[0.1], [0.3], [0.2]])
-    found = compare({"a": base, "b": other}, band_edges=[], lengths=[1], bins_per_doubling=1, confidence=0.95)
+    found = compare(
+        {"a": base, "b": other}, no_recall(base), band_edges=[], lengths=[1], bins_per_doubling=1, confidence=0.95
+    )
     difference = found.bands.differences["b"]
     half = 4.30265 * 0.1 / math.sqrt(3)
     assert difference.mean[0] == pytest.approx(0.2)
@@ -72,7 +79,14 @@ def test_an_arm_against_itself_differs_by_exactly_zero():
     losses = np.random.default_rng(1).normal(3, 1, (5, 300)).astype(np.float32)
     losses[3, 250:] = NAN
     lengths = default_lengths(300)
-    found = compare({"a": losses, "b": losses}, band_edges=[], lengths=lengths, bins_per_doubling=4, confidence=0.95)
+    found = compare(
+        {"a": losses, "b": losses},
+        no_recall(losses),
+        band_edges=[],
+        lengths=lengths,
+        bins_per_doubling=4,
+        confidence=0.95,
+    )
     for quantity in (found.bands, found.curve, found.lengths, found.in_context):
         line = quantity.differences["b"]
         assert not line.mean.any() and not line.low.any() and not line.high.any()
@@ -82,6 +96,7 @@ def test_perplexity_by_length_is_the_exponential_of_the_mean_loss_of_that_many_t
     losses = np.log(np.array([[2.0, 8.0, 4.0], [2.0, 8.0, 4.0]]))
     found = compare(
         {"a": losses, "b": losses + math.log(1.1)},
+        no_recall(losses),
         band_edges=[],
         lengths=[1, 2, 3],
         bins_per_doubling=1,
@@ -98,7 +113,14 @@ def test_the_in_context_score_is_the_loss_early_less_the_loss_late():
     assert context_ranges(100) is None
     losses = np.full((3, 400), 2.0)
     losses[:, 40:60], losses[:, 300:] = [[5.0], [6.0], [7.0]], 1.0
-    found = compare({"a": losses, "b": losses}, band_edges=[], lengths=[400], bins_per_doubling=1, confidence=0.95)
+    found = compare(
+        {"a": losses, "b": losses},
+        no_recall(losses),
+        band_edges=[],
+        lengths=[400],
+        bins_per_doubling=1,
+        confidence=0.95,
+    )
     assert found.in_context.arms["a"].mean.tolist() == [5]
     assert found.in_context.ranges == [(40, 60), (300, 400)]
 
