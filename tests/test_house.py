@@ -1,5 +1,9 @@
 """What of the house's state is a rule (`python -m tests.house` prints the rest)."""
 
+import ast
+
+import pytest
+
 from tests.house import (
     ROOT,
     Source,
@@ -11,6 +15,7 @@ from tests.house import (
     undocumented,
     unread_options,
 )
+from tests.mutations import MUTATIONS, Mutation
 
 FILES = sources()
 
@@ -57,3 +62,10 @@ def test_lines_of_code_are_counted_without_comments_and_docstrings() -> None:
     source = planted("one", '"""Doc.\n\nMore."""\n\n# why\ndef f():\n    """Doc."""\n    return 1  # what\n')
     assert list(source.code.values()) == ["def f():", "return 1"]
     assert function_lines(source) == {"f": 2}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_every_mutation_is_of_a_line_that_is_there(mutation: Mutation) -> None:
+    text = (ROOT / mutation.file).read_text(encoding="utf-8")
+    assert text.count(mutation.right) == 1 and (ROOT / mutation.tests).exists()
+    ast.parse(text.replace(mutation.right, mutation.wrong))
