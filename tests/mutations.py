@@ -36,41 +36,47 @@ class Mutation:
 
 _DRIFT, _STEP = "kernels/dla_kernels/memory/drift.py", "kernels/dla_kernels/step.py"
 MUTATIONS = (
-    Mutation("score", _DRIFT, "return (2 - 2 * cosine).clamp_min(0).sqrt()", "return 1 - cosine", "tests/kernels"),
+    Mutation(
+        "score",
+        _DRIFT,
+        "return (2 - 2 * cosine).clamp_min(0).sqrt()",
+        "return 1 - cosine",
+        "tests/kernels/test_plan.py",
+    ),
     Mutation(
         "boundary",
         _DRIFT,
         "hit = ((score >= tau[..., None, None]) | forced",
         "hit = ((score > tau[..., None, None]) | forced",
-        "tests/kernels",
+        "tests/kernels/test_plan.py",
     ),
     Mutation(
         "merge argmin",
         "kernels/dla_kernels/memory/merging.py",
         "torch.argmin(density if",
         "torch.argmax(density if",
-        "tests/kernels",
+        "tests/kernels/test_plan.py",
     ),
     Mutation(
         "adjacency",
         _STEP,
         "(slot > pair[..., None]), slot - 1",
         "(slot > pair[..., None] + 1), slot - 1",
-        "tests/kernels",
+        "tests/kernels/test_cache.py",
     ),
     Mutation(
         "transition",
         "kernels/dla_kernels/backbones/operators.py",
         "return matrix @ (cum.exp()[..., None] * k)",
         "return matrix @ k",
-        "tests/kernels",
+        "tests/kernels/test_cache.py",
     ),
     Mutation(
         "gate",
         "kernels/dla_kernels/memory/gates.py",
         "gated.append(p * weights[..., rank] + (1.0 - p) * gated[-1])",
         "gated.append(p * weights[..., rank] + (1.0 - p) * weights[..., rank - 1])",
-        "tests/kernels",
+        "tests/kernels/test_reads.py",
     ),
     Mutation(
         "reduction",
@@ -91,7 +97,7 @@ MUTATIONS = (
         "dla_train/checkpoint/folders.py",
         "for step, folder in folders if os.path.lexists(folder / MARKER)]",
         "for step, folder in folders]",
-        "tests/checkpoint",
+        "tests/checkpoint/test_folders.py",
     ),
     Mutation(
         "cursor",

@@ -1,9 +1,10 @@
 """Models divided over ranks against the same model on one rank, in float64, in one process each.
 
-Every rank builds the whole model too, so that nothing but the division differs.
+Every rank builds the whole model too, once for each case, so that nothing but the division differs.
 """
 
 import dataclasses
+import functools
 import json
 
 import torch
@@ -50,19 +51,32 @@ def scattered(model, memory, axes, recompute=False):
     return lm.train()
 
 
-def differences(axes, backbone, policy, packed, changes="{}", bug=""):
-    """Names of what differs: loss, logits and every parameter's gradient, "" for none; `bug` plants one."""
-    changes = json.loads(changes)
-    model, memory = configs(backbone, policy, changes)
+def sample(packed):
+    """tokens, targets [2, 24], and the edges of documents."""
     generator = torch.Generator().manual_seed(2)
     tokens, targets = (torch.randint(0, 17, (2, 24), generator=generator) for _ in range(2))
     targets[0, 3:5] = -100
-    cu_seqlens = torch.tensor([0, 5, 24, 31, 32, 48]) if packed else None
+    return tokens, targets, torch.tensor([0, 5, 24, 31, 32, 48]) if packed else None
 
-    whole = scattered(model, memory, Axes.single())
-    expected = whole(tokens, cu_seqlens)
-    loss = sum(next_token_loss(expected.logits, targets, 1e-2)[:2])
+
+@functools.cache
+def of_one_rank(backbone, policy, packed, changes):
+    """Loss, logits and gradients by name of the whole model."""
+    whole = scattered(*configs(backbone, policy, json.loads(changes)), Axes.single())
+    tokens, targets, cu_seqlens = sample(packed)
+    logits = whole(tokens, cu_seqlens).logits
+    loss = sum(next_token_loss(logits, targets, 1e-2)[:2])
     loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in whole.named_parameters()}
+    return loss.detach(), logits.detach(), gradients
+
+
+def differences(axes, backbone, policy, packed, changes="{}", bug=""):
+    """Names of what differs: loss, logits and every parameter's gradient, "" for none; `bug` plants one."""
+    loss, logits, gradients = of_one_rank(backbone, policy, packed, changes)
+    changes = json.loads(changes)
+    model, memory = configs(backbone, policy, changes)
+    tokens, targets, cu_seqlens = sample(packed)
 
     if bug == "no sum of partial gradients":
         sections.sum_partial_gradients, kept = lambda *_, **__: None, sections.sum_partial_gradients
@@ -89,16 +103,14 @@ def differences(axes, backbone, policy, packed, changes="{}", bug=""):
     total = own_loss.detach().clone()
     if axes.batch.size > 1:
         dist.all_reduce(total, group=axes.batch.group)
-    compare("loss", total / axes.data.size, loss.detach())
-    compare("logits", whole_logits(output.logits.detach(), model, axes), expected.logits.detach())
-    wanted = dict(whole.named_parameters())
+    compare("loss", total / axes.data.size, loss)
+    compare("logits", whole_logits(output.logits.detach(), model, axes), logits)
     for name, parameter in lm.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         if axes.batch.size > 1:
             dist.all_reduce(grad, group=axes.batch.group)
         grad = whole_of(name, grad, model, axes.tensor) / axes.data.size
-        expected_grad = wanted[name].grad
-        compare(f"d {name}", grad, torch.zeros_like(wanted[name]) if expected_grad is None else expected_grad)
+        compare(f"d {name}", grad, gradients[name])
     return {"differ": "; ".join(failures)}
 
 
