@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import sys
@@ -68,8 +69,9 @@ GROUPS: dict[str, type] = {
 """Hydra groups that fill one node of the configuration; `experiment` fills any."""
 
 
+@functools.cache
 def register_schema() -> None:
-    """Register `base_config` and one `base_<group>` per group, the nodes that the YAML files extend."""
+    """Register `base_config` and one `base_<group>` per group, the nodes that the YAML files extend; once a process."""
     store = ConfigStore.instance()
     store.store(name="base_config", node=Config)
     for group, node in GROUPS.items():
@@ -105,7 +107,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def _to_config(composed: DictConfig) -> Config:
-    known = list(setting_names())
+    known = setting_names()
     for key in _leaves(composed, ""):
         if key not in known:
             raise ConfigError(unknown_setting(key))
@@ -233,9 +235,10 @@ def _report(message: str, every_rank: bool = False) -> int:
     return MISTAKE
 
 
-def setting_names() -> Iterator[str]:
+@functools.cache
+def setting_names() -> tuple[str, ...]:
     """Every legal dotted key, `model.width` and so on, in the order of the schema."""
-    return _leaves(OmegaConf.structured(Config), "")
+    return tuple(_leaves(OmegaConf.structured(Config), ""))
 
 
 def _leaves(node: DictConfig, prefix: str) -> Iterator[str]:
@@ -250,7 +253,7 @@ def _leaves(node: DictConfig, prefix: str) -> Iterator[str]:
 
 def unknown_setting(key: str) -> str:
     """The sentence about a key that is not in the schema, with the nearest one that is."""
-    names = list(setting_names())
+    names = setting_names()
     near = difflib.get_close_matches(key, [*names, *GROUPS, "experiment"], n=1, cutoff=0.6)
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     meant = (same_leaf or near or [""])[0]

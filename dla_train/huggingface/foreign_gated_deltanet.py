@@ -104,19 +104,22 @@ def qwen3_next(source: Source, name: str) -> Converted:
 def _check_qwen3_layers(config: Settings, layers: int) -> None:
     kinds = config.values.get("layer_types")
     if kinds is None:
-        every = config.integer("full_attention_interval", 4)
-        kinds = ["full_attention" if (layer + 1) % every == 0 else "linear_attention" for layer in range(layers)]
-    if kinds != ["linear_attention"] * layers:
+        linear = layers < config.integer("full_attention_interval", 4)
+    else:
+        linear = isinstance(kinds, list) and len(kinds) == layers and all(kind == "linear_attention" for kind in kinds)
+    if not linear:
         raise FolderError(
             f"{config.origin}: layer_types has layers of full attention, and a model here has one kind of mixer; "
             "only a Qwen3-Next of linear_attention alone can be imported"
         )
-    dense, experts = config.values.get("mlp_only_layers") or [], config.integer("num_experts", 512, least=0)
-    step = config.integer("decoder_sparse_step", 1)
-    sparse = [layer for layer in range(layers) if experts and layer not in dense and (layer + 1) % step == 0]
-    if sparse:
+    listed = config.values.get("mlp_only_layers")
+    dense = listed if isinstance(listed, list) else []
+    experts, step = config.integer("num_experts", 512, least=0), config.integer("decoder_sparse_step", 1)
+    # looked for only as far as needed: the number of layers is a file's word
+    sparse = next((layer for layer in range(step - 1, layers if experts else 0, step) if layer not in dense), None)
+    if sparse is not None:
         raise FolderError(
-            f"{config.origin}: num_experts={experts} makes layer {sparse[0]} a mixture of experts, which this model "
+            f"{config.origin}: num_experts={experts} makes layer {sparse} a mixture of experts, which this model "
             "does not have; only dense MLPs (num_experts=0, or mlp_only_layers) can be imported"
         )
 

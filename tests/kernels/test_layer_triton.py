@@ -60,7 +60,7 @@ def assert_same_cache(actual, expected):
 def test_a_layer_of_every_policy_equals_the_chunkwise_form_with_its_gradients(backbone, policy, packed):
     closed = "frozen" if packed else "transition"
     cu_seqlens = PACKED if packed else None
-    (wide, wide_weights), (case, weights) = inputs(backbone, policy)
+    (wide, wide_weights), (case, weights) = inputs(backbone, policy, batch=2 if packed else 1)
     soft = policy == "dla"
     results, plan = [], None
     for c, w, backend in ((wide, wide_weights, "torch"), (case, weights, "triton")):
@@ -81,7 +81,7 @@ def test_a_layer_of_every_policy_equals_the_chunkwise_form_with_its_gradients(ba
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("split", [1, 23])
 def test_splitting_a_sequence_and_carrying_the_cache_changes_nothing(backbone, split):
-    (_, _), (case, weights) = inputs(backbone, "dla")
+    (_, _), (case, weights) = inputs(backbone, "dla", batch=1)
     with torch.no_grad():
         whole, expected, _ = layer(case, weights, "dla", backend="triton", closed="frozen")
         first, cache, _ = layer(case.tokens(0, split), weights[:, :split], "dla", backend="triton", closed="frozen")
@@ -94,7 +94,7 @@ def test_splitting_a_sequence_and_carrying_the_cache_changes_nothing(backbone, s
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_decoding_after_a_prefill_equals_the_whole_sequence(backbone):
-    (_, _), (case, weights) = inputs(backbone, "dla", tokens=30)
+    (_, _), (case, weights) = inputs(backbone, "dla", tokens=30, batch=1)
     options = plan_options("dla")
     options.pop("capacity")
     gain, sharpness = torch.tensor([1.5, 0.7]), torch.tensor([4.0, 8.0])
@@ -114,12 +114,12 @@ def test_decoding_after_a_prefill_equals_the_whole_sequence(backbone):
 
 
 def test_unit_weights_give_the_single_state_whatever_the_boundaries():
-    (_, _), (case, _) = inputs("gated_deltanet", "dla")
+    (_, _), (case, _) = inputs("gated_deltanet", "dla", batch=1)
     with torch.no_grad():
         outputs = []
         for options in (plan_options("dla"), {"tau": 0.6, "capacity": 1, "policy": "single"}):
             plan = dk.plan_memory(*case.keys, **options, backend="triton", chunk_size=CHUNK)
-            ones = torch.ones(2, 45, 2, plan.capacity)
+            ones = torch.ones(1, 45, 2, plan.capacity)
             outputs.append(dk.dla_attention(*case.all, read_weights=ones, plan=plan, backend="triton"))
     assert_rms_close("o", outputs[0], outputs[1], RMS_FLOAT32)
 
@@ -130,7 +130,7 @@ def test_a_recomputed_layer_with_the_same_plan_has_the_same_gradients_to_the_las
 
     grads = []
     for recompute in (False, True):
-        (_, _), (case, weights) = inputs("gated_deltanet", "dla")
+        (_, _), (case, weights) = inputs("gated_deltanet", "dla", batch=1)
         plan = dk.plan_memory(
             *case.map(torch.Tensor.detach).keys, **plan_options("dla"), backend="triton", chunk_size=CHUNK
         )
@@ -153,7 +153,7 @@ def test_float64_is_refused_by_name():
 
 
 def test_a_compiled_function_leaves_the_kernels_alone():
-    (_, _), (case, weights) = inputs("gated_deltanet", "dla")
+    (_, _), (case, weights) = inputs("gated_deltanet", "dla", batch=1)
     plan = dk.plan_memory(*case.map(torch.Tensor.detach).keys, **plan_options("dla"), backend="torch", chunk_size=CHUNK)
 
     def doubled(*leaves):

@@ -165,7 +165,7 @@ def test_key_and_value_blocks_beyond_one_are_mixed(backbone, frozen):
 
     kernels = [n for n in TUNING if n.startswith(("mix_", "sweep_", "write_chunks"))]
     small = {n: {b: 16 for b in ("BK", "BV") if b in TUNING[n][90]} for n in kernels}
-    case = make_case(backbone, batch=1, key_dim=40, value_dim=24)
+    case = make_case(backbone, batch=1, key_dim=24, value_dim=20)
     with override_tuning(**small):
         assert_mixing_agrees(case, plan_of(case), 16, frozen)
 

@@ -28,22 +28,24 @@ def checks_of(layouts, kinds, stages, **more):
     ]
 
 
+def in_turn(layouts, kinds, stages, **more):
+    """One for each layout and kind, with one of the stages each, so that stages meet every layout and every kind."""
+    places = [(layout, kind) for layout in range(len(layouts)) for kind in range(len(kinds))]
+    return [
+        check
+        for a, b in places
+        for check in checks_of(layouts[a : a + 1], kinds[b : b + 1], [stages[(a + b) % len(stages)]], **more)
+    ]
+
+
 FLOAT32 = [
     *checks_of(LAYOUTS, MAIN, [LOCAL, *STAGES]),
     *checks_of(LAYOUTS[3:], MAIN, [LOCAL], packed=False),
     # the other kinds differ in their parameters and plans, which test_models.py compares at every layout: here where
     # tokens are divided too, and each at one stage
     *checks_of(LAYOUTS[2:], OTHER, [LOCAL]),
-    *(
-        check
-        for kind, stage in zip(OTHER[::2], STAGES, strict=True)
-        for check in checks_of(LAYOUTS[2:3], [kind], [stage])
-    ),
-    *(
-        check
-        for kind, stage in zip(OTHER[1::2], STAGES, strict=True)
-        for check in checks_of(LAYOUTS[3:], [kind], [stage])
-    ),
+    *in_turn(LAYOUTS[2:3], OTHER[::2], STAGES),
+    *in_turn(LAYOUTS[3:], OTHER[1::2], STAGES),
     *checks_of(LAYOUTS[1:], MAIN[:1], [0]),
     *checks_of(LAYOUTS[2:], MAIN[:1], STAGES, changes=OFFLOADED),
     *checks_of(LAYOUTS, MAIN[:1], [LOCAL], changes=SEGMENTS),
@@ -52,8 +54,8 @@ FLOAT32 = [
 ]
 BFLOAT16 = [
     *checks_of(LAYOUTS, MAIN, [LOCAL], dtype="bfloat16"),
-    *checks_of(LAYOUTS[:1] + LAYOUTS[2:], MAIN, STAGES, dtype="bfloat16", changes=ROUNDED),
-    *checks_of(LAYOUTS[2:], MAIN[:1], STAGES, dtype="bfloat16", changes=BOTH),
+    *in_turn(LAYOUTS[:1] + LAYOUTS[2:], MAIN, STAGES, dtype="bfloat16", changes=ROUNDED),
+    *in_turn(LAYOUTS[1:], MAIN[:1], STAGES, dtype="bfloat16", changes=BOTH),
 ]
 BUGS = [
     *checks_of(LAYOUTS[:1], MAIN[:1], [LOCAL], bug="no gradients of other rows"),
@@ -63,12 +65,16 @@ BUGS = [
 STARTS = [
     Check("initial_differences", **layout, arguments={"stage": stage, "weights": weights})
     for layout in LAYOUTS
-    for stage, weights in ((LOCAL, "float32"), (1, "bfloat16"), (3, "float32"), (3, "bfloat16"))
+    for stage, weights in ((LOCAL, "float32"), (3, "bfloat16"))
+]
+STARTS += [
+    Check("initial_differences", **layout, arguments={"stage": stage, "weights": weights})
+    for layout, stage, weights in zip(LAYOUTS, (3, 1, 3, 1), ("float32", "bfloat16") * 2, strict=True)
 ]
 POISONED = [
-    Check("poisoned", **layout, arguments={"stage": stage, "weights": weights})
-    for layout in LAYOUTS
-    for stage, weights in ((LOCAL, "float32"), *((stage, "float32") for stage in range(4)))
+    Check("poisoned", **layout, arguments={"stage": stage, "weights": "float32"})
+    for number, layout in enumerate(LAYOUTS)
+    for stage in (LOCAL, number, (number + 2) % 4)
 ]
 POISONED += [Check("poisoned", tensor=2, arguments={"stage": stage, "weights": "bfloat16"}) for stage in STAGES]
 

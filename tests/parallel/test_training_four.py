@@ -3,7 +3,7 @@
 import pytest
 
 from tests.parallel.ranks import Check, Outcomes, run_on_ranks
-from tests.parallel.test_training import LOCAL, MAIN, OTHER, ROUNDED, STAGES, checks_of, named
+from tests.parallel.test_training import LOCAL, MAIN, OTHER, ROUNDED, STAGES, checks_of, in_turn, named
 
 LAYOUTS = ({"tensor": 2}, {"tensor": 2, "context": 2})
 """The other ranks are data parallel."""
@@ -14,7 +14,7 @@ FLOAT32 = [
     *checks_of(LAYOUTS[1:], OTHER, [3]),
     *checks_of(MORE, MAIN, [2]),
 ]
-BFLOAT16 = checks_of(LAYOUTS, MAIN, [1, 3], dtype="bfloat16", changes=ROUNDED)
+BFLOAT16 = in_turn(LAYOUTS, MAIN, (1, 3), dtype="bfloat16", changes=ROUNDED)
 
 
 @pytest.fixture(scope="module")
