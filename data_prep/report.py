@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from data_prep.records import FAULTS
 from data_prep.state import State
+from dla_train.data.shard_list import Shard
 from dla_train.data.tokenizer import Tokenizer
 from dla_train.durable import write_atomically
 
@@ -72,26 +74,6 @@ def _contents(report: TokensReport, output: str, tokenizer: Tokenizer, state: St
     seconds = max(report.seconds, 1e-9)
     tokens = sum(split.tokens for split in report.splits.values())
     text_bytes = sum(split.text_bytes for split in report.splits.values())
-    splits: dict[str, Any] = {}
-    for name, split in report.splits.items():
-        shards = [
-            {
-                "name": shard.name,
-                "documents": shard.documents,
-                "tokens": shard.tokens,
-                "text_bytes": shard.text_bytes,
-                "sha256": _hashes(Path(output).with_name(f"{shard.name}.sha256")),
-            }
-            for shard in state.splits[name]
-        ]
-        splits[name] = {
-            "prefix": Path(split.prefix).name,
-            "documents": split.documents,
-            "tokens": split.tokens,
-            "text_bytes": split.text_bytes,
-            "bytes_per_token": split.text_bytes / max(split.tokens, 1),
-            "shards": shards,
-        }
     return {
         "format_version": FORMAT_VERSION,
         "tokenizer": {
@@ -103,12 +85,33 @@ def _contents(report: TokensReport, output: str, tokenizer: Tokenizer, state: St
         "inputs": state.inputs,
         "counts": report.counts,
         "faults": report.faults,
-        "splits": splits,
+        "splits": {name: _split(split, state.splits[name], output) for name, split in report.splits.items()},
         "seconds": report.seconds,
         "workers": workers,
         "tokens_per_second": tokens / seconds,
         "text_bytes_per_second": text_bytes / seconds,
         "versions": _versions(),
+    }
+
+
+def _split(split: SplitReport, shards: Sequence[Shard], output: str) -> dict[str, Any]:
+    """A split and its shards, with the hashes that lie beside them."""
+    return {
+        "prefix": Path(split.prefix).name,
+        "documents": split.documents,
+        "tokens": split.tokens,
+        "text_bytes": split.text_bytes,
+        "bytes_per_token": split.text_bytes / max(split.tokens, 1),
+        "shards": [
+            {
+                "name": shard.name,
+                "documents": shard.documents,
+                "tokens": shard.tokens,
+                "text_bytes": shard.text_bytes,
+                "sha256": _hashes(Path(output).with_name(f"{shard.name}.sha256")),
+            }
+            for shard in shards
+        ],
     }
 
 
