@@ -39,6 +39,10 @@ def gated_deltanet(source: Source, name: str) -> Converted:
         norm_eps=config.number("norm_eps", 1e-6),
     )
     check_groups(config, model)
+    return model, _gated_deltanet_tensors(source, model)
+
+
+def _gated_deltanet_tensors(source: Source, model: ModelConfig) -> dict[str, Tensor]:
     keys, values = model.num_key_heads * model.key_dim, model.num_heads * model.value_dim
     tensors = embeddings(source, model, "model.embeddings.weight", "model.norm.weight")
     sizes = {"q": keys, "k": keys, "v": values, "a": model.num_heads, "b": model.num_heads, "gate": values}
@@ -48,7 +52,7 @@ def gated_deltanet(source: Source, name: str) -> Converted:
         for key, size in sizes.items():
             foreign = {"gate": "g"}.get(key, key)
             tensors[f"{ours}.{key}.weight"] = source.take(f"{attn}.{foreign}_proj.weight", size, model.width)
-        if conv:
+        if model.conv_width:
             for key in ("q", "k", "v"):
                 tensors |= convolution(source, f"{attn}.{key}_conv1d", ours, {key: sizes[key]}, model)
         tensors |= decay(source, attn, ours, model.num_heads)
@@ -57,7 +61,7 @@ def gated_deltanet(source: Source, name: str) -> Converted:
         tensors[f"{here}.mixer_norm.weight"] = source.take(f"{there}.attn_norm.weight", model.width)
         tensors[f"{here}.mlp_norm.weight"] = source.take(f"{there}.mlp_norm.weight", model.width)
         tensors |= mlp(source, there, here, model)
-    return model, tensors
+    return tensors
 
 
 def qwen3_next(source: Source, name: str) -> Converted:
