@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dla_kernels.markdown import markdown_table
 from dla_train.checkpoint import Checkpointer, StoredCheckpoint
 from dla_train.checkpoint.manifest import CHUNK_BYTES
 from dla_train.checkpoint.resuming import newest_undamaged
@@ -261,74 +262,67 @@ def environment(model: str) -> dict[str, Any]:
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     env, saving, loading = results["environment"], results["saving"], results["loading"]
-    head = (
-        "# Checkpoints\n\n"
+    beside = f"a checkpoint written while {env['threads']} of {env['cores']} cores train on rows of {TOKENS} tokens"
+    bandwidth = ["bandwidth, GB/s", "checkpoint", "plain file, same disk", "ratio"]
+    start = ["from the command to the first step, seconds", "cold", "warm"]
+    sections = [
+        "# Checkpoints",
         "Made by `python -m dla_train.bench checkpoint`; numbers in checkpoint.json. Medians over rounds measured in "
         f"turn, least and most in brackets. {env['model']} with AdamW's moments, {saving[0]['bytes'] / 1e9:.2f} GB, "
         f"one process, {env['cores']} cores with {env['load_before']:.1f} other processes at work before; torch "
-        f"{env['torch']}, Python {env['python']}.\n"
-    )
-    beside = f"| a checkpoint written while {env['threads']} of {env['cores']} cores train on rows of {TOKENS} tokens"
-    tables = (
-        _table(f"{beside} | |", _overlap(results["overlap"], saving)),
-        _table("| bandwidth, GB/s | checkpoint | plain file, same disk | ratio |", _bandwidth(saving, loading)),
-        _table("| from the command to the first step, seconds | cold | warm |", _start(results["starting"], loading)),
-    )
-    return "\n".join([head, *tables])
+        f"{env['torch']}, Python {env['python']}.",
+        markdown_table([beside, ""], _overlap(results["overlap"], saving)),
+        markdown_table(bandwidth, _bandwidth(saving, loading)),
+        markdown_table(start, _start(results["starting"], loading)),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
-def _table(head: str, rows: dict[str, list[str]]) -> str:
-    """Markdown: rows of cells by their name, filled up to the columns of `head`."""
-    columns = head.count("|") - 2
-    lines = [[name, *cells, *[""] * (columns - len(cells))] for name, cells in rows.items()]
-    written = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines]
-    return "\n".join([head, "|---" * (columns + 1) + "|", *written, ""])
-
-
-def _overlap(overlap: list[dict[str, Any]], saving: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _overlap(overlap: list[dict[str, Any]], saving: list[dict[str, Any]]) -> list[list[str]]:
     """What saving takes from training."""
     plain = [statistics.median(r["plain_seconds"]) for r in overlap]
     pairs = list(zip(overlap, plain, strict=True))
     ratios = [statistics.mean(r["disturbed_seconds"]) / p for r, p in pairs]
     lost = [r["copy_seconds"] + sum(r["disturbed_seconds"]) - p * len(r["disturbed_seconds"]) for r, p in pairs]
     whole = [r["copy_seconds"] + r["write_seconds"] for r in saving]
-    return {
-        "steps that overlap it": [_spread([float(len(r["disturbed_seconds"])) for r in overlap])],
-        "their time against plain steps'": [_spread(ratios)],
-        "standstill for the copy": [f"{_spread([r['copy_seconds'] for r in overlap])} s"],
-        "training time lost in all, copy included": [f"{_spread(lost)} s"],
-        "processor time of a save": [f"{_spread([r['processor_seconds'] for r in saving])} s"],
-        "a save that is waited for": [f"{_spread(whole)} s"],
-    }
+    return [
+        ["steps that overlap it", _spread([float(len(r["disturbed_seconds"])) for r in overlap])],
+        ["their time against plain steps'", _spread(ratios)],
+        ["standstill for the copy", f"{_spread([r['copy_seconds'] for r in overlap])} s"],
+        ["training time lost in all, copy included", f"{_spread(lost)} s"],
+        ["processor time of a save", f"{_spread([r['processor_seconds'] for r in saving])} s"],
+        ["a save that is waited for", f"{_spread(whole)} s"],
+    ]
 
 
-def _bandwidth(saving: list[dict[str, Any]], loading: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _bandwidth(saving: list[dict[str, Any]], loading: list[dict[str, Any]]) -> list[list[str]]:
     """Speed of the checkpoint, of a plain file on the same disk, and of the one against the other."""
-    rows = {}
+    rows = []
     for name, records, key in (
         ("written, hashed and flushed", saving, "write_seconds"),
         ("checked cold (read and hashed)", loading, "cold_check_seconds"),
     ):
         here = [r["bytes"] / r[key] / 1e9 for r in records]
         plain = [r["bytes"] / r["disk_seconds"] / 1e9 for r in records]
-        rows[name] = [_spread(x) for x in (here, plain, [a / b for a, b in zip(here, plain, strict=True)])]
-    rows["sha256 alone, one thread, from memory"] = [_spread([r["bytes"] / r["hash_seconds"] / 1e9 for r in saving])]
-    return rows
+        ratios = [a / b for a, b in zip(here, plain, strict=True)]
+        rows.append([name, _spread(here), _spread(plain), _spread(ratios)])
+    hashed = _spread([r["bytes"] / r["hash_seconds"] / 1e9 for r in saving])
+    return [*rows, ["sha256 alone, one thread, from memory", hashed, "", ""]]
 
 
-def _start(starting: list[float], loading: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _start(starting: list[float], loading: list[dict[str, Any]]) -> list[list[str]]:
     """Seconds of each part of a start, with files off and in the page cache."""
 
     def of(key: str) -> str:
         return _spread([r[key] for r in loading])
 
-    return {
-        "Python and imports": [_spread(starting)],
-        "model and optimizer": [of("build_seconds")],
-        "checking every byte": [of("cold_check_seconds"), of("warm_check_seconds")],
-        "loading": [of("cold_load_seconds"), of("warm_load_seconds")],
-        "first step": [of("first_step_seconds")],
-    }
+    return [
+        ["Python and imports", _spread(starting), ""],
+        ["model and optimizer", of("build_seconds"), ""],
+        ["checking every byte", of("cold_check_seconds"), of("warm_check_seconds")],
+        ["loading", of("cold_load_seconds"), of("warm_load_seconds")],
+        ["first step", of("first_step_seconds"), ""],
+    ]
 
 
 def _spread(numbers: list[float]) -> str:

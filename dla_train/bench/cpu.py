@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data_prep.stdlib_files import prepare_stdlib_files
 from dla_kernels import dla_attention, plan_memory
 from dla_kernels.bench.inputs import TAU, Shape, boundary_rate, layer_inputs
+from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
 from dla_train.metrics import read_lines
 from dla_train.train import train
@@ -160,35 +161,31 @@ def environment() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    env = results["environment"]
-    lines = [
-        "# Speed on the CPU",
-        "",
-        "Made by `make bench`; numbers in speed.json.",
-        "",
-        f"{env['shape']}; torch {env['torch']}, {env['threads']} threads, Python {env['python']}. Medians over rounds "
-        "timed in turn.",
-        "",
-        "| torch backend against the token loop, T = 2048 | boundaries per token | times faster | target |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {r['boundary_rate']:.2f} | {r['ratio']:.0f} | 20 |"
+    env, share = results["environment"], results["trainer_overhead"]
+    loop = [
+        [name, f"{r['boundary_rate']:.2f}", f"{r['ratio']:.0f}", "20"]
         for name, r in results["against_token_loop"].items()
     ]
-    lines += ["", "| forward and backward, time(2T)/time(T) | ratio | target |", "|---|---|---|"]
-    for backbone, r in results["growth_with_length"].items():
-        lines += [f"| {backbone}, {pair} | {ratio:.2f} | 2.2 |" for pair, ratio in r["ratios"].items()]
-    share = results["trainer_overhead"]
-    lines += [
-        "",
-        "| trainer | share of the step | target |",
-        "|---|---|---|",
-        f"| everything but forward, backward and step ({share['steps']} steps; least {share['least']:.1%}, "
-        f"most {share['most']:.1%}) | {share['median']:.1%} | 5% |",
-        "",
+    growth = [
+        [f"{backbone}, {pair}", f"{ratio:.2f}", "2.2"]
+        for backbone, r in results["growth_with_length"].items()
+        for pair, ratio in r["ratios"].items()
     ]
-    return "\n".join(lines)
+    everything = (
+        f"everything but forward, backward and step ({share['steps']} steps; least {share['least']:.1%}, "
+        f"most {share['most']:.1%})"
+    )
+    compared = ["torch backend against the token loop, T = 2048", "boundaries per token", "times faster", "target"]
+    sections = [
+        "# Speed on the CPU",
+        "Made by `make bench`; numbers in speed.json.",
+        f"{env['shape']}; torch {env['torch']}, {env['threads']} threads, Python {env['python']}. Medians over rounds "
+        "timed in turn.",
+        markdown_table(compared, loop),
+        markdown_table(["forward and backward, time(2T)/time(T)", "ratio", "target"], growth),
+        markdown_table(["trainer", "share of the step", "target"], [[everything, f"{share['median']:.1%}", "5%"]]),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def measure_cpu(output: Path, *, rounds: int, steps: int) -> None:

@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from dla_kernels.markdown import markdown_table
 from dla_train.bench.cpu import environment, measure_in_turn
 from dla_train.config import DataConfig
 from dla_train.data.index_file import HEADER
@@ -224,44 +225,43 @@ def _peak_bytes() -> int:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    env, wanted = results["environment"], results["demand"]
-    lines = [
+    env, wanted, first = results["environment"], results["demand"], results["starts"][0]
+    read = ["T", "reader", "M tokens/s (least to most)", "times megatron", "times the demand"]
+    started = ["T", "what", "seconds (least to most)", "peak MiB", "of it imports"]
+    sections = [
         "# Speed of reading data",
-        "",
         "Made by `python -m dla_train.bench data`; numbers in data.json.",
-        "",
         f"One thread, numpy {env['numpy']}, torch {env['torch']}, Python {env['python']}. Batches of {BATCH_TOKENS} "
         "tokens, files in the page cache, timed in turn. The demand is what the fastest experiment "
         f"({wanted['experiment'].partition('=')[2]}) could take at most, {wanted['tokens_per_second'] / 1e6:.2f}M "
         f"tokens/s, on a device of {wanted['peak_tflops']:.0f} TFLOP/s that did nothing but its FLOPs.",
-        "",
-        "| T | reader | M tokens/s (least to most) | times megatron | times the demand |",
-        "|---|---|---|---|---|",
+        markdown_table(read, _reading_rows(results["reading"], wanted["tokens_per_second"])),
+        f"A start on {first['tokens'] / 1e9:.1f}B tokens in {first['documents'] / 1e6:.1f}M documents, up to the first "
+        "rows of a rank, after imports; peak memory of the process, imports included.",
+        markdown_table(started, map(_start_row, results["starts"])),
     ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _reading_rows(found: dict[str, Any], wanted: float) -> Iterator[list[str]]:
+    """A row for every context and reader; wanted: tokens a second."""
     for context in CONTEXTS:
-        speeds = results["reading"].get(str(context), {})
+        speeds = found.get(str(context), {})
         for name, speed in speeds.items():
             ratio = speed["median"] / speeds["megatron"]["median"]
             spread = f"{speed['median'] / 1e6:.1f} ({speed['least'] / 1e6:.1f} to {speed['most'] / 1e6:.1f})"
-            least = speed["median"] / wanted["tokens_per_second"]
-            lines.append(f"| {context} | {name} | {spread} | {ratio:.1f} | {least:.0f} |")
-    first = results["starts"][0]
-    lines += [
-        "",
-        f"A start on {first['tokens'] / 1e9:.1f}B tokens in {first['documents'] / 1e6:.1f}M documents, up to the first "
-        "rows of a rank, after imports; peak memory of the process, imports included.",
-        "",
-        "| T | what | seconds (least to most) | peak MiB | of it imports |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {r['context']} | {r['what']} | {np.median(r['seconds']):.1f} ({min(r['seconds']):.1f} to "
-            f"{max(r['seconds']):.1f}) | {r['peak_bytes'] / 2**20:.0f} | "
-            f"{r['imported_bytes'] / 2**20:.0f} |"
-            for r in results["starts"]
-        ),
-        "",
+            yield [str(context), name, spread, f"{ratio:.1f}", f"{speed['median'] / wanted:.0f}"]
+
+
+def _start_row(r: dict[str, Any]) -> list[str]:
+    seconds = r["seconds"]
+    return [
+        str(r["context"]),
+        r["what"],
+        f"{np.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+        f"{r['peak_bytes'] / 2**20:.0f}",
+        f"{r['imported_bytes'] / 2**20:.0f}",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from dla_kernels.markdown import markdown_table
 from dla_train.bench.cpu import environment, measure_in_turn
 from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.generate import prefill
@@ -202,37 +203,45 @@ def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     env = results["environment"]
     contexts = sorted({line["context"] for line in results["decode"]})
-    lines = [
+    sections = [
         "# Decoding at long contexts, on a CPU",
-        "",
         "Made by `python -m dla_train.bench decode`; numbers in decode.json.",
-        "",
         f"{env['shape']}, random weights; torch {env['torch']}, {env['threads']} threads, Python {env['python']}. "
         f"Milliseconds of processor time a token: medians of {results['rounds']} rounds of {results['steps']} tokens, "
         f"timed in turn. The ratio is taken in each round: median, least to most; a median of at most {FLAT} is flat.",
-        "",
-        f"| ms a token at | {' | '.join(_short(c) for c in contexts)} | longest / shortest | flat |",
-        "|---" * (len(contexts) + 3) + "|",
+        _times_table(results, contexts),
+        _bytes_table(results, contexts),
+        "\n".join(["* cache filled with random keys and values instead of by a prefill.", *_check_line(results)]),
+        _prefill_table(results, contexts),
+        f"![Decoding at long contexts](../images/{PICTURE})",
     ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _times_table(results: dict[str, Any], contexts: list[int]) -> str:
+    rows = []
     for arm in ARMS:
         least, ratio, most = growth(results, arm)
         cells = [_cell(results, arm, context) for context in contexts]
-        flat = "yes" if ratio <= FLAT else "no"
-        lines.append(f"| {arm} | {' | '.join(cells)} | {ratio:.2f} ({least:.2f} to {most:.2f}) | {flat} |")
-    lines += ["", f"| cache bytes at | {' | '.join(map(_short, contexts))} |", "|---" * (len(contexts) + 1) + "|"]
+        rows.append([arm, *cells, f"{ratio:.2f} ({least:.2f} to {most:.2f})", "yes" if ratio <= FLAT else "no"])
+    return markdown_table(["ms a token at", *map(_short, contexts), "longest / shortest", "flat"], rows)
+
+
+def _bytes_table(results: dict[str, Any], contexts: list[int]) -> str:
+    rows = []
     for arm in ARMS:
         held = {line["context"]: line["cache_bytes"] for line in results["decode"] if line["arm"] == arm}
-        lines.append(f"| {arm} | {' | '.join(f'{held[context]:,}' for context in contexts)} |")
-    lines += ["", "* cache filled with random keys and values instead of by a prefill.", *_check_line(results)]
-    lines += [
-        "",
-        "| prefill, tokens a second of processor time | " + " | ".join(f"to {_short(c)}" for c in contexts) + " |",
-    ]
-    lines += ["|---" * (len(contexts) + 1) + "|"]
+        rows.append([arm, *(f"{held[context]:,}" for context in contexts)])
+    return markdown_table(["cache bytes at", *map(_short, contexts)], rows)
+
+
+def _prefill_table(results: dict[str, Any], contexts: list[int]) -> str:
+    rows = []
     for arm in ARMS:
         speeds = {line["to"]: f"{line['tokens_per_second']:,.0f}" for line in results["prefill"] if line["arm"] == arm}
-        lines.append(f"| {arm} | {' | '.join(speeds.get(context, '') for context in contexts)} |")
-    return "\n".join([*lines, "", f"![Decoding at long contexts](../images/{PICTURE})", ""])
+        rows.append([arm, *(speeds.get(context, "") for context in contexts)])
+    head = ["prefill, tokens a second of processor time", *(f"to {_short(context)}" for context in contexts)]
+    return markdown_table(head, rows)
 
 
 def _cell(results: dict[str, Any], arm: str, context: int) -> str:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data_prep.stdlib_files import prepare_stdlib_files
+from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
 from dla_train.metrics import read_lines
 
@@ -76,6 +77,10 @@ def _overhead(overrides: tuple[str, ...], steps: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     env = results["environment"]
+    rows = [
+        [name, f"{r['median']:.1%} ({r['least']:.1%} to {r['most']:.1%})", f"{r['exchange']:.1%}", "5%"]
+        for name, r in results["layouts"].items()
+    ]
     lines = [
         "# What the trainer adds on several ranks",
         "",
@@ -84,13 +89,10 @@ def table(results: dict[str, Any]) -> str:
         "backward, communication nor optimizer step; *exchange* what ranks wait for one another to count targets and",
         "to decide. Medians over steps, least and most in brackets.",
         "",
-        "| layout | outside | exchange | target of outside |",
-        "|---|---|---|---|",
+        markdown_table(["layout", "outside", "exchange", "target of outside"], rows),
+        "",
     ]
-    for name, r in results["layouts"].items():
-        outside = f"{r['median']:.1%} ({r['least']:.1%} to {r['most']:.1%})"
-        lines.append(f"| {name} | {outside} | {r['exchange']:.1%} | 5% |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:

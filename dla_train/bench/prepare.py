@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +148,33 @@ def reader_feeds(results: dict[str, Any]) -> float:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
+    from dla_kernels.markdown import markdown_table  # imports torch: not in the processes that are timed
+
     env, workers, first = results["environment"], results["workers"], results["scaling"][0]["one"]
-    lines = [
+    processor = "processor seconds a GB of text: reader, tokenising"
+    kinds = [[run["duplicates"], _processor([run], together=False)] for run in results["duplicates"]]
+    sections = [
         "# Speed of preparing text",
-        "",
         "Made by `python -m dla_train.bench prepare`; numbers in prepare.json.",
-        "",
         f"{env['cores']} cores that others use too, Python {env['python']}, numpy {env['numpy']}. A sentencepiece "
         f"model of {VOCAB_SIZE} ids, {first['documents']} documents, {first['text_bytes'] / 1e6:.0f} MB of text, "
         f"{first['tokens'] / 1e6:.1f}M tokens, shards of 5M tokens; the start of every process is in the times.",
-        "",
-        "| | M tokens/s, median (least to most) | processor seconds a GB of text: reader, tokenising |",
-        "|---|---|---|",
+        markdown_table(["", "M tokens/s, median (least to most)", processor], _scaling_rows(results)),
+        f"Rounds timed in turn, {len(results['scaling'])}: {workers} processes are "
+        f"{_spread(ratios(results, 'one', 'several'))} times as fast as one, and "
+        f"{_spread(ratios(results, 'apart', 'several'))} times as fast as {workers} preparations at once, "
+        "which is all that the machine could give at that time.\n"
+        f"They take {overhead(results):.2f} times the processor time of one: with {workers} cores to themselves "
+        f"{workers / overhead(results):.2f} times as fast.\n"
+        f"By processor time one reader feeds {reader_feeds(results):.0f} tokenising processes: an estimate, for "
+        f"more than {workers} were not run.",
+        markdown_table([f"duplicates, {workers} processes, one run each", processor], kinds),
     ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _scaling_rows(results: dict[str, Any]) -> Iterator[list[str]]:
+    workers = results["workers"]
     names = {
         "one": "1 process",
         "several": f"{workers} processes",
@@ -168,23 +183,7 @@ def table(results: dict[str, Any]) -> str:
     for name, label in names.items():
         runs = [found[name] for found in results["scaling"]]
         speeds = [run["tokens"] / run["seconds"] / 1e6 for run in runs]
-        lines.append(f"| {label} | {_spread(speeds)} | {_processor(runs, together=name != 'several')} |")
-    lines += [
-        "",
-        f"Rounds timed in turn, {len(results['scaling'])}: {workers} processes are "
-        f"{_spread(ratios(results, 'one', 'several'))} times as fast as one, and "
-        f"{_spread(ratios(results, 'apart', 'several'))} times as fast as {workers} preparations at once, "
-        "which is all that the machine could give at that time.",
-        f"They take {overhead(results):.2f} times the processor time of one: with {workers} cores to themselves "
-        f"{workers / overhead(results):.2f} times as fast.",
-        f"By processor time one reader feeds {reader_feeds(results):.0f} tokenising processes: an estimate, for "
-        f"more than {workers} were not run.",
-        "",
-        f"| duplicates, {workers} processes, one run each | processor seconds a GB of text: reader, tokenising |",
-        "|---|---|",
-    ]
-    lines += [f"| {run['duplicates']} | {_processor([run], together=False)} |" for run in results["duplicates"]]
-    return "\n".join(lines) + "\n"
+        yield [label, _spread(speeds), _processor(runs, together=name != "several")]
 
 
 def _spread(values: list[float]) -> str:

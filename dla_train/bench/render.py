@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from dla_kernels.bench.session import RESULTS as KERNELS
 from dla_kernels.bench.tables import MARK, markdown
 from dla_kernels.bench.targets import judge, layer
+from dla_kernels.markdown import markdown_table
 from dla_train.bench.training import RESULTS as TRAINING
 from dla_train.bench.training import judge as judge_training
 
@@ -68,48 +69,57 @@ def kernels_page(results: dict[str, Any]) -> str:
 def training_page(results: dict[str, Any]) -> str:
     """training.json as Markdown, targets judged anew."""
     env = results["environment"]
-    lines = [
+    measured = [
+        "model",
+        "memory",
+        "T",
+        "rows",
+        "recompute",
+        "tokens/s (least to most)",
+        "MFU",
+        "peak GiB",
+        "boundaries",
+    ]
+    costliest = ["five costliest kernels of a step", "T", "share of the device's time"]
+    sections = [
         "# Speed of training steps",
-        "",
         "Made by `make bench-train` and `python -m dla_train.bench render`; numbers in training.json.",
-        "",
         f"One {env['device']}; torch {env['torch']}, triton {env['triton']}, Python {env['python']}. Forward, backward "
         "and optimizer step on random tokens, bf16; medians, with least and most. MFU counts the FLOPs of "
         "models/cost.py, without recomputation.",
-        "",
-        "| target | measured | |",
-        "|---|---|---|",
-    ]
-    for target in judge_training(results).values():
-        numbers = "; ".join(f"{k}: {'-' if v is None else f'{v:.2f}'}" for k, v in target["numbers"].items())
-        lines.append(f"| {target['claim']} | {numbers or '-'} | {MARK[target['met']]} |")
-    lines += [
-        "",
-        "| model | memory | T | rows | recompute | tokens/s (least to most) | MFU | peak GiB | boundaries |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(_training_row(record) for record in results["steps"]),
+        markdown_table(["target", "measured", ""], map(_target_row, judge_training(results).values())),
+        markdown_table(measured, map(_training_row, results["steps"])),
     ]
     if results["profiles"]:
-        lines += ["", "| five costliest kernels of a step | T | share of the device's time |", "|---|---|---|"]
-        for profile in results["profiles"]:
-            top = ", ".join(f"{_short(kernel['name'])} {kernel['share']:.0%}" for kernel in profile["top"])
-            lines.append(f"| {profile['model']} {profile['memory']} | {profile['context']} | {top} |")
+        sections.append(markdown_table(costliest, map(_profile_row, results["profiles"])))
     if results["left_out"]:
-        lines += ["", "| not measured | |", "|---|---|"]
-        lines += [f"| {entry['job']} | {entry['reason']} |" for entry in results["left_out"]]
-    return "\n".join(lines) + "\n"
+        missing = [[entry["job"], entry["reason"]] for entry in results["left_out"]]
+        sections.append(markdown_table(["not measured", ""], missing))
+    return "\n\n".join(sections) + "\n"
 
 
-def _training_row(r: dict[str, Any]) -> str:
-    head = f"| {r['model']} | {r['memory']} | {r['context']} | {r['rows']} | {'yes' if r['recompute'] else 'no'} |"
+def _target_row(target: dict[str, Any]) -> list[str]:
+    numbers = "; ".join(f"{k}: {'-' if v is None else f'{v:.2f}'}" for k, v in target["numbers"].items())
+    return [target["claim"], numbers or "-", MARK[target["met"]]]
+
+
+def _training_row(r: dict[str, Any]) -> list[str]:
+    head = [r["model"], r["memory"], str(r["context"]), str(r["rows"]), "yes" if r["recompute"] else "no"]
     if r["status"] != "ok":
-        return f"{head} {r['status'].replace('_', ' ')} | - | - | - |"
+        return [*head, r["status"].replace("_", " "), "-", "-", "-"]
     speed = r["tokens_per_second"]
-    speeds = f"{speed['median']:,.0f} ({speed['least']:,.0f} to {speed['most']:,.0f})"
-    mfu = "-" if r["mfu"] is None else f"{r['mfu']:.1%}"
-    peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}"
-    rate = "-" if r["boundary_rate"] is None else f"{r['boundary_rate']:.2f}"
-    return f"{head} {speeds} | {mfu} | {peak} | {rate} |"
+    return [
+        *head,
+        f"{speed['median']:,.0f} ({speed['least']:,.0f} to {speed['most']:,.0f})",
+        "-" if r["mfu"] is None else f"{r['mfu']:.1%}",
+        "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.1f}",
+        "-" if r["boundary_rate"] is None else f"{r['boundary_rate']:.2f}",
+    ]
+
+
+def _profile_row(profile: dict[str, Any]) -> list[str]:
+    top = ", ".join(f"{_short(kernel['name'])} {kernel['share']:.0%}" for kernel in profile["top"])
+    return [f"{profile['model']} {profile['memory']}", str(profile["context"]), top]
 
 
 def _short(name: str) -> str:

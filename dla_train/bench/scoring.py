@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dla_kernels.markdown import markdown_table
 from dla_train.bench.cpu import measure_in_turn
 from dla_train.harness.scoring import Request, batches, padded, score
 from dla_train.hydra_app import compose
@@ -139,27 +140,30 @@ def _environment() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The page of scoring.json."""
     env = results["environment"]
-    lines = [
+    head = ["model, memory", "requests", "padding", "plain, tokens/s"]
+    head += ["scoring", "forwards alone", "packed rows", "target"]
+    sections = [
         "# Scoring log-likelihoods",
-        "",
         f"Made by `python -m dla_train.bench scoring`; {env['device']}, {env['threads']} threads, "
         f"torch {env['torch']}, Python {env['python']}, float32, batches of {results['batch_tokens']} tokens. "
         "Shares of the speed of plain forwards over as many tokens without padding and without scores, timed in turn: "
         f"median over rounds (lowest to highest). The target is {LEAST:.0%}. Padding is not counted as tokens.",
-        "",
-        "| model, memory | requests | padding | plain, tokens/s | scoring | forwards alone | packed rows | target |",
-        "|---|---|---|---|---|---|---|---|",
+        markdown_table(head, map(_row, results["measured"])),
     ]
-    for one in results["measured"]:
-        speeds = one["tokens_per_second"]
-        shares = {
-            name: [mine / plain for mine, plain in zip(speeds[name], speeds["plain"], strict=True)]
-            for name in ("scoring", "padded", "packed")
-        }
-        met = "met" if statistics.median(shares["scoring"]) >= LEAST else "**missed**"
-        cells = [f"{statistics.median(all_):.0%} ({min(all_):.0%} to {max(all_):.0%})" for all_ in shares.values()]
-        lines.append(
-            f"| {one['model']}, {one['memory']} | {one['count']} {one['requests']}, {one['tokens']:,} tokens | "
-            f"{one['padding']:.1%} | {statistics.median(speeds['plain']):,.0f} | {' | '.join(cells)} | {met} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(sections) + "\n"
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    speeds = one["tokens_per_second"]
+    shares = {
+        name: [mine / plain for mine, plain in zip(speeds[name], speeds["plain"], strict=True)]
+        for name in ("scoring", "padded", "packed")
+    }
+    return [
+        f"{one['model']}, {one['memory']}",
+        f"{one['count']} {one['requests']}, {one['tokens']:,} tokens",
+        f"{one['padding']:.1%}",
+        f"{statistics.median(speeds['plain']):,.0f}",
+        *(f"{statistics.median(all_):.0%} ({min(all_):.0%} to {max(all_):.0%})" for all_ in shares.values()),
+        "met" if statistics.median(shares["scoring"]) >= LEAST else "**missed**",
+    ]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from data_prep.stdlib_files import prepare_stdlib_files
+from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
 
 RESULTS = "sweep_utilisation"
@@ -115,6 +116,12 @@ def verdict(use: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """The page."""
     env, use = results["environment"], results["use"]
+    shares = {
+        f"cores' time that points took (target {TARGET:.0%}: {verdict(use)})": use["cores_busy"],
+        "cores' time that nobody took": use["idle"],
+        "cores' time of all others: dla-sweep itself, the system, other programs": use["others"],
+        "places taken": use["places_taken"],
+    }
     lines = [
         "# How busy a sweep keeps a machine",
         "",
@@ -122,12 +129,7 @@ def table(results: dict[str, Any]) -> str:
         f"time, on {env['cores']} cores; torch {env['torch']}, Python {env['python']}.",
         "From the first start to the last end:",
         "",
-        "| | share |",
-        "|---|---|",
-        f"| cores' time that points took (target {TARGET:.0%}: {verdict(use)}) | {use['cores_busy']:.1%} |",
-        f"| cores' time that nobody took | {use['idle']:.1%} |",
-        f"| cores' time of all others: dla-sweep itself, the system, other programs | {use['others']:.1%} |",
-        f"| places taken | {use['places_taken']:.1%} |",
+        markdown_table(["", "share"], [[what, f"{share:.1%}"] for what, share in shares.items()]),
         "",
         f"That was {use['seconds']:.0f} s of the {results['command_seconds']:.0f} s of the command, which composes and "
         "checks all points before and writes the report after.",

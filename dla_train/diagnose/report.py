@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dla_kernels.markdown import markdown_table
 from dla_train.checkpoint.checkpointer import own_version
 from dla_train.data.indexed import TokenFiles
 from dla_train.diagnose.arms import Arm
@@ -118,26 +119,20 @@ def tables(found: Comparison, facts: dict[str, Any]) -> str:
     """The headline numbers as Markdown."""
     text, arms, reference, perplexity = facts["text"], facts["arms"], found.reference, found.lengths.perplexity
     runs = "; ".join(f"{arm['name']}: {arm['model']} x {arm['memory']['policy']}, step {arm['step']}" for arm in arms)
-    lines = [
+    bands = [f"{a} to {b - 1}" for a, b in found.bands.ranges]
+    lengths = [f"{b}" for _, b in perplexity.ranges]
+    sections = [
         "# Diagnostics",
-        "",
         f"{runs}. {text['documents']} documents, {text['positions']:,} positions, {text['targets']:,} targets.",
-        "",
-        *_table(
-            "nats per token at positions", found.bands, [f"{a} to {b - 1}" for a, b in found.bands.ranges], reference
-        ),
-        "",
-        *_table(
-            "perplexity of the first tokens", perplexity, [f"{b}" for _, b in perplexity.ranges], f"{reference}, %"
-        ),
-        "",
+        _table("nats per token at positions", found.bands, bands, reference),
+        _table("perplexity of the first tokens", perplexity, lengths, f"{reference}, %"),
+        _table("nats per token by distance", found.recalled, _distances(found.recalled), reference),
     ]
-    lines += [*_table("nats per token by distance", found.recalled, _distances(found.recalled), reference), ""]
     if found.in_context is not None:
         (a, b), (c, d) = found.in_context.ranges
         score = f"loss at {a} to {b - 1}, less at {c} to {d - 1}"
-        lines += [*_table("in-context-learning score", found.in_context, [score], reference), ""]
-    return "\n".join(lines)
+        sections.append(_table("in-context-learning score", found.in_context, [score], reference))
+    return "\n\n".join(sections) + "\n"
 
 
 def _distances(recalled: Quantity) -> list[str]:
@@ -146,15 +141,14 @@ def _distances(recalled: Quantity) -> list[str]:
     return ["not recalled", "recalled", *doublings]
 
 
-def _table(title: str, found: Quantity, names: Sequence[str], reference: str) -> list[str]:
+def _table(title: str, found: Quantity, names: Sequence[str], reference: str) -> str:
     """A row for each name; `reference` is what the columns of differences say they are against."""
-    columns = [*found.arms, *(f"{arm} - {reference}" for arm in found.differences)]
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    head = [title, *found.arms, *(f"{arm} - {reference}" for arm in found.differences)]
+    rows = []
     for place, name in enumerate(names):
         cells = [_cell(line, place, "") for line in found.arms.values()]
-        cells += [_cell(line, place, "+") for line in found.differences.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name, *cells, *(_cell(line, place, "+") for line in found.differences.values())])
+    return markdown_table(head, rows)
 
 
 def _cell(line: Means, place: int, sign: str) -> str:

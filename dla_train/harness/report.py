@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dla_kernels.markdown import markdown_table
 from dla_train.harness.catalogue import task_entry
 
 
@@ -48,7 +49,7 @@ def table(tables: dict[str, list[str]], results: dict[str, dict[str, Any]], titl
             rows = [_own(columns, results, title), *_published(name, length, columns)]
             used += [row.source for row in rows]
             heading = name if length is None else f"{name}, {length} tokens"
-            parts.append(f"## {heading}\n\n{_markdown(columns, tasks, rows)}")
+            parts.append(f"## {heading}\n\n{_table(columns, tasks, rows)}\n")
     notes = {key: note for key, note in published()["sources"].items() if key in used}
     if notes:
         parts.append(
@@ -87,13 +88,9 @@ def _published(name: str, length: int | None, columns: Sequence[str]) -> list[Ro
     return rows
 
 
-def _markdown(columns: Sequence[str], tasks: Sequence[str], rows: Sequence[Row]) -> str:
+def _table(columns: Sequence[str], tasks: Sequence[str], rows: Sequence[Row]) -> str:
     entries = [task_entry(task) for task in tasks]
-    lines = [
-        "| | " + " | ".join(f"{entry.label} {entry.metric}" for entry in entries) + " | mean | source |",
-        "|---" * (len(tasks) + 3) + "|",
-    ]
-    for row in rows:
-        cells = [row.model, *(row.values.get(column, "") for column in columns), row.mean, row.source]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return markdown_table(
+        ["", *(f"{entry.label} {entry.metric}" for entry in entries), "mean", "source"],
+        [[row.model, *(row.values.get(column, "") for column in columns), row.mean, row.source] for row in rows],
+    )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from dla_kernels.markdown import markdown_table
 from dla_train.config import Config
 from dla_train.hydra_app import compose
 from dla_train.plan_run.choice import arithmetic_seconds, best_plan, comfortable, sending_seconds
 from dla_train.plan_run.plan import Plan
-from dla_train.plan_run.report import GB, described, markdown
+from dla_train.plan_run.report import GB, described
 from dla_train.plan_run.target import Target
 
 EXPERIMENT = "paper_gated_deltanet_1300m_dla"
@@ -59,9 +60,8 @@ def largest_that_fit(plans: list[Plan]) -> str:
 
 def reach_markdown(plans: list[Plan]) -> str:
     """The table of `reach_plans`."""
-    rows = [
-        ["model", "parameters", "ranks", "layout", "memory, GB", "host, GB a rank", "arithmetic + sending, s a step"]
-    ]
+    head = ["model", "parameters", "ranks", "layout", "memory, GB", "host, GB a rank", "arithmetic + sending, s a step"]
+    rows = []
     for plan in plans:
         assert plan.memory is not None
         held = f"{plan.memory.total / GB:.1f}"
@@ -76,4 +76,4 @@ def reach_markdown(plans: list[Plan]) -> str:
                 f"{arithmetic_seconds(plan):.1f} + {sending_seconds(plan):.1f}",
             ]
         )
-    return markdown(rows)
+    return markdown_table(head, rows)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dla_kernels.markdown import markdown_table
 from dla_train.plan_run.budget import Budget
 from dla_train.plan_run.layout import Layout
 from dla_train.plan_run.plan import Plan
@@ -32,17 +33,24 @@ def write_json(plans: Sequence[Plan], path: Path) -> None:
 
 def table_markdown(plans: Sequence[Plan]) -> str:
     """Two tables: layouts with their speed and traffic, and the memory of a rank by kind."""
-    chosen = [
-        ["run", "context", "ranks", "layout", "rows a step", "memory, GB", "sent, GB a step: tensor, context, data"]
-        + ["tokens/s", "days"],
-        *(_chosen_row(plan) for plan in plans),
-    ]
+    chosen = ["run", "context", "ranks", "layout", "rows a step", "memory, GB"]
+    chosen += ["sent, GB a step: tensor, context, data", "tokens/s", "days"]
     kinds = [
-        ["run", "context", "ranks", "weights", "gradients", "optimizer", "buffers", "activations", "plans", "carried"]
-        + ["one layer again", "workspace", "logits and loss", "in the step", "most at once"],
-        *(_kinds_row(plan) for plan in plans if plan.memory is not None),
+        "run",
+        "context",
+        "ranks",
+        "weights",
+        "gradients",
+        "optimizer",
+        "buffers",
+        "activations",
+        "plans",
+        "carried",
     ]
-    return f"{markdown(chosen)}\n\nMemory of a rank, GB:\n\n{markdown(kinds)}\n"
+    kinds += ["one layer again", "workspace", "logits and loss", "in the step", "most at once"]
+    layouts = markdown_table(chosen, [_chosen_row(plan) for plan in plans])
+    memory = markdown_table(kinds, [_kinds_row(plan) for plan in plans if plan.memory is not None])
+    return f"{layouts}\n\nMemory of a rank, GB:\n\n{memory}\n"
 
 
 def described(layout: Layout) -> str:
@@ -170,9 +178,3 @@ def _kinds_row(plan: Plan) -> list[str]:
 
 def _thousands(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table, its first row the headings."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_kernels import content_read_weights, dla_attention, plan_memory, slot_affinity
+from dla_kernels.markdown import markdown_table
 from dla_kernels.memory.merging import CAPACITY_RULES
 from dla_train.recall.tasks.paired_token import PairedToken
 from dla_train.recall.tasks.streams import stream
@@ -119,36 +120,35 @@ def probe(arm: ProbeArm, backbone: str, rows: ProbeRows) -> float:
 
 def probe_table(needles: Sequence[int] = NEEDLES, rows: int = 32, seed: int = 0) -> str:
     """Every arm's right answers in %, in Markdown."""
-    lines = [
-        f"Right answers in %, {rows} rows of {TOKENS} tokens, K = {KEY_DIM}, V = {VALUE_DIM}, {CAPACITY} slots.",
-        "",
-    ]
-    lines += ["| backbone | memory | " + " | ".join(f"N = {n}" for n in needles) + " |"]
-    lines += ["|---" * (2 + len(needles)) + "|"]
     made = [probe_rows(n, rows, seed) for n in needles]
-    for backbone in ("mamba2", "gated_deltanet"):
-        for arm in ARMS:
-            cells = [f"{100 * probe(arm, backbone, one):.1f}" for one in made]
-            lines.append(f"| {backbone} | {arm.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    answered = [
+        [backbone, arm.name, *(f"{100 * probe(arm, backbone, one):.1f}" for one in made)]
+        for backbone in ("mamba2", "gated_deltanet")
+        for arm in ARMS
+    ]
+    return (
+        f"Right answers in %, {rows} rows of {TOKENS} tokens, K = {KEY_DIM}, V = {VALUE_DIM}, {CAPACITY} slots.\n\n"
+        f"{markdown_table(['backbone', 'memory', *(f'N = {n}' for n in needles)], answered)}"
+    )
+
+
+def merge_table(tokens: Sequence[int] = (256, 1024), rows: int = 8, seed: int = 0) -> str:
+    """How evenly each rule fills a memory with tokens that have nothing in common, in Markdown."""
+    longest = [[rule, *(f"{_longest(rule, count, rows, seed):.0f}" for count in tokens)] for rule in CAPACITY_RULES]
+    return (
+        f"Tokens in the longest of {CAPACITY} slots after unrelated tokens, mean of {rows} rows.\n\n"
+        f"{markdown_table(['capacity_rule', *(f'{count} tokens' for count in tokens)], longest)}"
+    )
 
 
 @torch.no_grad()
-def merge_table(tokens: Sequence[int] = (256, 1024), rows: int = 8, seed: int = 0) -> str:
-    """How evenly each rule fills a memory with tokens that have nothing in common, in Markdown."""
-    lines = [f"Tokens in the longest of {CAPACITY} slots after unrelated tokens, mean of {rows} rows.", ""]
-    lines += ["| capacity_rule | " + " | ".join(f"{count} tokens" for count in tokens) + " |"]
-    lines += ["|---" * (1 + len(tokens)) + "|"]
-    for rule in CAPACITY_RULES:
-        cells = []
-        for count in tokens:
-            generator = stream(seed, "held_out")
-            k = F.normalize(torch.randn(rows, count, 1, KEY_DIM, generator=generator), dim=-1)
-            v = torch.randn(rows, count, 1, VALUE_DIM, generator=generator)
-            decay = torch.zeros(rows, count, 1)
-            plan = plan_memory(k, v, decay, tau=TAU, capacity=CAPACITY, capacity_rule=rule)
-            starts = plan.slot_starts()[:, -1, 0]
-            ends = torch.cat([starts[:, 1:], torch.full((rows, 1), count)], dim=1)
-            cells.append(f"{(ends - starts).amax(1).float().mean():.0f}")
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _longest(rule: str, count: int, rows: int, seed: int) -> float:
+    """Tokens in the longest slot after `count` unrelated ones, mean of `rows` rows."""
+    generator = stream(seed, "held_out")
+    k = F.normalize(torch.randn(rows, count, 1, KEY_DIM, generator=generator), dim=-1)
+    v = torch.randn(rows, count, 1, VALUE_DIM, generator=generator)
+    decay = torch.zeros(rows, count, 1)
+    plan = plan_memory(k, v, decay, tau=TAU, capacity=CAPACITY, capacity_rule=rule)
+    starts = plan.slot_starts()[:, -1, 0]
+    ends = torch.cat([starts[:, 1:], torch.full((rows, 1), count)], dim=1)
+    return float((ends - starts).amax(1).float().mean())

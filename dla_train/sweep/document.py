@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dla_kernels.markdown import markdown_table
 from dla_train.durable import write_atomically
 
 PICTURES = "report"
@@ -107,9 +108,7 @@ def _markdown(block: Block) -> str:
         case Picture(name, _, caption):
             return f"![{caption}]({PICTURES}/{name}.png)\n\n{caption}"
         case Table(head, rows, left):
-            rules = ["---" if name in left else "---:" for name in head]
-            lines = [head, rules, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-            return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            return markdown_table(head, rows, right=[name for name in head if name not in left])
 
 
 def _html(block: Block, pictures: dict[str, bytes]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from dla_kernels.attention import dla_attention, slot_affinity
 from dla_kernels.conv1d import short_conv
 from dla_kernels.launch import Launch, recording
+from dla_kernels.markdown import markdown_table
 from dla_kernels.memory.cache import MergeCache
 from dla_kernels.memory.gates import boundary_gate, boundary_score, content_read_weights
 from dla_kernels.norm import gated_rms_norm
@@ -233,16 +234,22 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line a kernel and layer."""
-    lines = [
-        "| kernel | layer | sm | registers | stack | shared KiB | warps | matrix |",
-        "|---|---|---|---|---|---|---|---|",
+    head = ["kernel", "layer", "sm", "registers", "stack", "shared KiB", "warps", "matrix"]
+    ordered = sorted(rows, key=lambda r: (r["kernel"], r["layer"], r["architecture"]))
+    return markdown_table(head, map(_row, ordered)) + "\n"
+
+
+def _row(used: dict[str, Any]) -> list[str]:
+    return [
+        used["kernel"],
+        used["layer"],
+        str(used["architecture"]),
+        str(used["registers"]),
+        str(used["stack_bytes"]),
+        f"{used['shared_bytes'] / 1024:.0f}",
+        str(used["num_warps"]),
+        used["matrix_instructions"] or "-",
     ]
-    for row in sorted(rows, key=lambda r: (r["kernel"], r["layer"], r["architecture"])):
-        lines.append(
-            f"| {row['kernel']} | {row['layer']} | {row['architecture']} | {row['registers']} | {row['stack_bytes']} | "
-            f"{row['shared_bytes'] / 1024:.0f} | {row['num_warps']} | {row['matrix_instructions'] or '-'} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dla_kernels.markdown import markdown_table
 from tests.faults import trials
 from tests.faults.trials import LAYOUTS, Outcome, Trial
 
@@ -144,6 +145,9 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, dict[str, int]]:
 def table(record: dict) -> str:
     """The results as Markdown."""
     setting = f"{record['ranks']} ranks on one machine, {record['steps']} steps, a checkpoint after each"
+    total = {key: sum(row[key] for row in record["faults"].values()) for key in COLUMNS}
+    counts = record["faults"] | {"**all**": total}
+    rows = [[fault, *(str(row[key]) for key in COLUMNS)] for fault, row in counts.items()]
     lines = [
         "# Faults",
         "",
@@ -152,13 +156,9 @@ def table(record: dict) -> str:
         "one that nobody hurt, bit for bit, or, where steps are left out by design (numbers that are not finite), with",
         "every step logged and finite weights. *Lost*: runs that did not.",
         "",
-        "| fault | runs | injected | starts | survived | lost |",
-        "|---|---|---|---|---|---|",
+        markdown_table(["fault", *COLUMNS], rows),
+        "",
     ]
-    for fault, row in record["faults"].items():
-        lines.append(f"| {fault} | {' | '.join(str(row[key]) for key in COLUMNS)} |")
-    total = [sum(row[key] for row in record["faults"].values()) for key in COLUMNS]
-    lines += [f"| **all** | {' | '.join(map(str, total))} |", ""]
     return "\n".join(lines)
 
 

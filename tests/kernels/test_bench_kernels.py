@@ -491,7 +491,7 @@ def test_a_toy_run_measures_writes_and_prints_everything(tmp_path, capsys):
     assert results["parts"][0]["mixing_share_of_matrix_rate"] > 0
     assert len(results["decode"]) == 6 and results["environment"]["fla"].startswith("not measured")
     assert set(results["targets"]) == set(TARGETS)
-    assert "| target | measured | |" in capsys.readouterr().out
+    assert "| target | measured |  |" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json"]
 
 

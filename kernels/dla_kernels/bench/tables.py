@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dla_kernels.bench.targets import Results, layer
+from dla_kernels.markdown import markdown_table
 
 MARK = {True: "met", False: "**missed**", None: "not measured"}
 
@@ -44,10 +45,10 @@ def _heading(results: Results) -> str:
 def targets_table(targets: dict[str, dict[str, Any]]) -> str:
     """One row a target, with the numbers that decide it."""
     rows = [
-        f"| {target['claim']} | {'; '.join(_numbers(target['numbers'])) or '-'} | {MARK[target['met']]} |"
+        [target["claim"], "; ".join(_numbers(target["numbers"])) or "-", MARK[target["met"]]]
         for target in targets.values()
     ]
-    return "\n".join(["| target | measured | |", "|---|---|---|", *rows])
+    return markdown_table(["target", "measured", ""], rows)
 
 
 def _numbers(numbers: dict[str, Any]) -> list[str]:
@@ -67,18 +68,14 @@ def layer_table(results: Results, shape: str, regime: str) -> str:
     """Milliseconds forward / forward and backward, and peak memory, of every arm at every length."""
     records = [r for r in results["layers"] if (r["kind"], r["shape"], r["regime"]) == ("layers", shape, regime)]
     lengths = sorted({record["length"] for record in records})
-    head = "".join(f" T {length // 1024}K |" if length >= 1024 else f" T {length} |" for length in lengths)
-    lines = [
-        f"{shape}, {regime} boundaries: milliseconds forward / forward and backward, peak GiB of the latter",
-        "",
-        f"| |{head}",
-        "|---|" + "---|" * len(lengths),
-    ]
+    head = [f"T {length // 1024}K" if length >= 1024 else f"T {length}" for length in lengths]
+    rows = []
     for arm in dict.fromkeys(record["arm"] for record in records):
         cells = [_cell(results, shape, regime, arm, length, records) for length in lengths]
         if any(cell != "absent" for cell in cells):
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([arm, *cells])
+    title = f"{shape}, {regime} boundaries: milliseconds forward / forward and backward, peak GiB of the latter"
+    return f"{title}\n\n{markdown_table(['', *head], rows)}"
 
 
 def _cell(results: Results, shape: str, regime: str, arm: str, length: int, records: list[dict[str, Any]]) -> str:
@@ -97,20 +94,22 @@ def parts_table(results: Results) -> str:
     """Shares of a training forward pass."""
     if not results["parts"]:
         return ""
-    lines = [
-        "Parts of a training forward pass (soft gates)",
-        "",
-        "| | T | ms | plan | affinity | weights | mixing | live slots | mixing TFLOP/s | of torch.matmul | by part |",
-        "|" + "---|" * 11,
+    stages = ["plan", "affinity", "weights", "mixing"]
+    head = ["", "T", "ms", *stages, "live slots", "mixing TFLOP/s", "of torch.matmul", "by part"]
+    rows = [
+        [
+            f"{r['shape']} {r['arm']}",
+            str(r["length"]),
+            f"{r['milliseconds']:.3g}",
+            *(f"{r['stage_shares'][stage]:.0%}" for stage in stages),
+            f"{r['live_slots']:.1f}",
+            f"{r['mixing_tflops']:.3g}",
+            f"{r['mixing_share_of_matrix_rate']:.0%}",
+            ", ".join(f"{part} {share:.0%}" for part, share in _largest(r["part_shares"])),
+        ]
+        for r in results["parts"]
     ]
-    for r in results["parts"]:
-        stages = " | ".join(f"{r['stage_shares'][stage]:.0%}" for stage in ("plan", "affinity", "weights", "mixing"))
-        parts = ", ".join(f"{part} {share:.0%}" for part, share in _largest(r["part_shares"]))
-        lines.append(
-            f"| {r['shape']} {r['arm']} | {r['length']} | {r['milliseconds']:.3g} | {stages} | {r['live_slots']:.1f} "
-            f"| {r['mixing_tflops']:.3g} | {r['mixing_share_of_matrix_rate']:.0%} | {parts} |"
-        )
-    return "\n".join(lines)
+    return f"Parts of a training forward pass (soft gates)\n\n{markdown_table(head, rows)}"
 
 
 def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
@@ -121,27 +120,23 @@ def decode_table(results: Results) -> str:
     """Latency and bytes of one layer's step by context."""
     if not results["decode"]:
         return ""
-    lines = [
-        "One decoding step of one layer, K = 30, content reads",
-        "",
-        "| | batch | context | ms eager | ms as a CUDA graph | cache bytes |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for r in results["decode"]:
         eager, graph = (f"{r[key]['median']:.3g}" if r[key] else "-" for key in ("eager", "graph"))
-        lines.append(f"| {r['shape']} | {r['batch']} | {r['context']:,} | {eager} | {graph} | {r['bytes']:,} |")
-    return "\n".join(lines)
+        rows.append([r["shape"], str(r["batch"]), f"{r['context']:,}", eager, graph, f"{r['bytes']:,}"])
+    head = ["", "batch", "context", "ms eager", "ms as a CUDA graph", "cache bytes"]
+    return f"One decoding step of one layer, K = 30, content reads\n\n{markdown_table(head, rows)}"
 
 
 def missing_table(results: Results) -> str:
     """What failed or was left out, and why."""
     rows = [
-        f"| {r['shape']}/{r['arm']}, T {r['length']}, {r['regime']}, {r['pass']} | {r['status']} | {r['detail']} |"
+        [f"{r['shape']}/{r['arm']}, T {r['length']}, {r['regime']}, {r['pass']}", r["status"], r["detail"]]
         for r in results["layers"]
         if r["status"] in ("failed", "out_of_memory")
     ]
-    rows += [f"| {entry['job']} | left out | {entry['reason']} |" for entry in results["left_out"]]
-    return "\n".join(["| not measured | | |", "|---|---|---|", *rows]) if rows else ""
+    rows += [[entry["job"], "left out", entry["reason"]] for entry in results["left_out"]]
+    return markdown_table(["not measured", "", ""], rows) if rows else ""
 
 
 def _measured(results: Results) -> list[tuple[str, str]]:
