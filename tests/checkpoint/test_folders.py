@@ -31,7 +31,7 @@ def test_a_folder_without_its_marker_does_not_count_and_is_cleaned_away(root: Pa
     (root / "step_00000001.replaced").mkdir()
     (root / "notes").mkdir()
     (root / "step_00000009.damaged").mkdir()
-    assert complete_steps(root) == [1, 2]
+    assert [found.step for found in find_checkpoints(root)] == complete_steps(root) == [1, 2]  # nor is it a damaged one
     assert remove_incomplete(root) == ["step_00000001.replaced", "step_00000003", "step_00000004.tmp"]
     left = ["notes", "step_00000001", "step_00000002", "step_00000009.damaged"]
     assert sorted(path.name for path in root.iterdir()) == left

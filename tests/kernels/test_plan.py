@@ -59,6 +59,29 @@ def test_score_is_the_distance_of_rms_normalised_writes():
         state = case.log_decay[0, t, 0].exp() * state + write
 
 
+@pytest.mark.parametrize("backend", ["recurrent", "torch", "triton"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_score_equal_to_tau_begins_a_slot(backbone, backend):
+    """Writes in turn along two axes: each is orthogonal to the one before, and their distance is sqrt(2) exactly."""
+    tokens = 20
+    k = torch.eye(2).repeat(tokens // 2, 1)[None, :, None]
+    decay, beta = torch.zeros(1, tokens, 1), torch.ones(1, tokens, 1) if backbone == "gated_deltanet" else None
+    keys = (k, torch.ones(1, tokens, 1, 2), decay, beta)
+    equal = torch.tensor([2.0]).sqrt()
+    for tau, all_begin in ((equal, True), (equal.nextafter(torch.tensor([2.0])), False)):
+        plan = dk.plan_memory(*keys, tau=tau, capacity=4, backend=backend, chunk_size=16)
+        assert plan.boundary.all().item() is all_begin
+
+        cache = dk.MergeCache.empty(1, 1, 4, 2, 2)
+        for t in range(3):
+            now = (None if x is None else x[:, t] for x in (k, *keys))
+            dk.dla_step(
+                *now, read_weights=torch.ones(1, 1, 4), tau=tau, cache=cache,
+                backend="triton" if backend == "triton" else "torch",
+            )  # fmt: skip
+        assert int(cache.fill) == (3 if all_begin else 1)
+
+
 def test_merges_of_a_worked_example():
     """Scores 0, 2, 1, 0.5, 2 at tau 0.4, capacity 3: every token opens a slot; sums of pairs decide, the oldest pair
     on ties."""
