@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from data_prep.pairs import PairOptions, write_pairs
 from data_prep.recipe import RecipeSource, recipe_sources
 from data_prep.records import INVALID_UTF8, ON_ERROR, PrepareError, TextSource
 from data_prep.report import TokensReport
@@ -34,6 +35,10 @@ _EXAMPLES = """examples:
   compressed JSON lines in shards of a billion tokens, without copies, bad lines left out; started again, it goes on:
     dla-prepare tokens crawl/ --text-field content --language-field meta.language --languages en de \\
         --duplicates exact --on-error skip --shard-tokens 1e9 --workers 32 --tokenizer data/my.model --output data/crawl
+
+  documents that can only be recalled, for a share of the training data and to diagnose recall:
+    dla-prepare pairs --tokenizer data/my.model --output data/pairs.jsonl
+    dla-prepare tokens data/pairs.jsonl --tokenizer data/my.model --output data/pairs --validation-fraction 0.05
 
   a Hugging Face dataset, or sources with fields and filters of their own:
     dla-prepare tokens --dataset roneneldan/TinyStories --split train --tokenizer data/my.model --output data/stories
@@ -67,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tokenizer(commands.add_parser("tokenizer", help="train a sentencepiece tokenizer"))
     _add_tokens(commands.add_parser("tokens", help="tokenise text into .bin/.idx and a manifest"))
     _add_stdlib(commands.add_parser("stdlib", help="write Python's own standard library as a corpus"))
+    _add_pairs(commands.add_parser("pairs", help="write documents that can only be recalled, to blend into text"))
     return parser
 
 
@@ -133,6 +139,23 @@ def _add_stdlib(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
     _add_common(parser)
     parser.set_defaults(run=_run_stdlib)
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write documents of word pairs that come again, as JSONL: after a key that came before its value is certain. "
+        "Blended into text they teach a small model early to recall from its context."
+    )
+    add, default = parser.add_argument, PairOptions()
+    add("--tokenizer", required=True, help="words are those that are one token of it")
+    add("--output", required=True, help="the .jsonl file to write")
+    add("--documents", type=_count, default=default.documents, help="how many (default %(default)s)")
+    add("--words", type=_count, default=default.words, help="words of a document (default %(default)s)")
+    add("--least", type=_count, default=default.least, help="fewest pairs of a document (default %(default)s)")
+    add("--most", type=_count, default=default.most, help="most pairs of a document (default %(default)s)")
+    add("--seed", type=int, default=default.seed, help="of the draws (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.set_defaults(run=_run_pairs)
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -209,6 +232,12 @@ def _sources(options: argparse.Namespace) -> list[TextSource]:
     if options.paths or options.dataset:
         raise PrepareError("--recipe cannot be combined with paths or --dataset; put them into the recipe")
     return recipe_sources(options.recipe)
+
+
+def _run_pairs(options: argparse.Namespace) -> None:
+    chosen = PairOptions(options.documents, options.words, options.least, options.most, options.seed)
+    words = write_pairs(options.output, options.tokenizer, chosen, overwrite=options.overwrite)
+    print(f"{options.output}: {chosen.documents} documents of {chosen.least} to {chosen.most} pairs, of {words} words")
 
 
 def _run_tokenizer(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dla_train.checkpoint import Checkpointer
+from dla_train.checkpoint.checkpointer import Checkpointer
 from dla_train.config import Config
 from dla_train.data.loader import Batch, DataSources
 from dla_train.data.packing import IGNORED_TARGET

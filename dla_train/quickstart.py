@@ -18,7 +18,8 @@ from pathlib import Path
 
 from data_prep.sources import PrepareError
 from data_prep.stdlib_files import prepare_stdlib_files
-from dla_train.checkpoint import CheckpointError, complete_steps
+from dla_train.checkpoint.errors import CheckpointError
+from dla_train.checkpoint.folders import complete_steps
 from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.indexed import TokenFiles

@@ -24,8 +24,8 @@ from dla_train.checkpoint.errors import CheckpointError
 from dla_train.checkpoint.folders import complete_steps
 from dla_train.checkpoint.run_directory import CONFIG_FILE, METRICS_FILE, RUN_FILE
 from dla_train.checkpoint.run_lock import LOCK_FILE, seems_held
-from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import STATUS_FILE, read_status
+from dla_train.trackers import read_lines
 
 _EXAMPLES = """examples:
   dla-runs                            # every run below runs/

@@ -17,14 +17,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from dla_train.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    RunDirectoryError,
-    hold_run_directory,
-    run_identity,
-    write_run_files,
-)
+from dla_train.checkpoint.checkpointer import Checkpointer
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
+from dla_train.checkpoint.run_directory import hold_run_directory, run_identity, write_run_files
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config, ConfigError, ResilienceConfig
 from dla_train.config_rules import validate

@@ -9,6 +9,7 @@ import pytest
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.resilience.exit_codes import write_status
 from dla_train.runs import RunState, duration, find_runs, main, read_run, table
+from tests.train.runs import run_python
 
 CONFIG = "name: x\ntrain:\n  steps: 8\n  stop_at_step: null\n"
 
@@ -126,3 +127,11 @@ def test_the_table_lines_up() -> None:
 )
 def test_ages_are_in_the_unit_that_reads_best(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_looking_at_runs_does_not_wait_for_torch() -> None:
+    """Its import takes seconds, on a cluster's file system many."""
+    done = run_python(
+        ["-c", "import sys, dla_train.runs; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"]
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr

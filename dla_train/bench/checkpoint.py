@@ -26,9 +26,10 @@ import torch
 from tqdm import tqdm
 
 from dla_kernels.markdown import markdown_table
-from dla_train.checkpoint import Checkpointer, StoredCheckpoint
+from dla_train.checkpoint.checkpointer import Checkpointer
 from dla_train.checkpoint.manifest import CHUNK_BYTES
 from dla_train.checkpoint.resuming import newest_undamaged
+from dla_train.checkpoint.stored import StoredCheckpoint
 from dla_train.config import Config
 from dla_train.engine import Engine, build_engine
 from dla_train.hydra_app import compose

@@ -26,7 +26,7 @@ from dla_kernels import dla_attention, plan_memory
 from dla_kernels.bench.inputs import TAU, Shape, boundary_rate, layer_inputs
 from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
-from dla_train.metrics import read_lines
+from dla_train.trackers import read_lines
 from dla_train.train import train
 
 BACKBONES = ("mamba2", "gated_deltanet")

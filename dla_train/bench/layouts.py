@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_prep.stdlib_files import prepare_stdlib_files
 from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
-from dla_train.metrics import read_lines
+from dla_train.trackers import read_lines
 
 RANKS = 4
 LAYOUTS: dict[str, tuple[str, ...]] = {

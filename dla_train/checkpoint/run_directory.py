@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
@@ -22,7 +22,9 @@ from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
 from dla_train.durable import write_atomically
-from dla_train.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from dla_train.parallel.mesh import Mesh
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
 _FREE = {"model": ("name",), "memory": ("backend", "chunk_tokens")}

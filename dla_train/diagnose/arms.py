@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dla_train.checkpoint import open_step
+from dla_train.checkpoint.stored import open_step
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import longest_context
 from dla_train.data.indexed import TokenFiles

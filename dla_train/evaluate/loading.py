@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from dla_train.checkpoint import StoredCheckpoint, open_step
 from dla_train.checkpoint.manifest import TRAINER
 from dla_train.checkpoint.state import check_shapes
+from dla_train.checkpoint.stored import StoredCheckpoint, open_step
 from dla_train.config import Config
 from dla_train.hydra_app import config_from_dict
 from dla_train.models.build import build_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dla_train.metrics import read_lines
+from dla_train.trackers import read_lines
 
 
 def plot_loss_curve(

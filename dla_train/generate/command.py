@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dla_train.checkpoint import CheckpointError
+from dla_train.checkpoint.errors import CheckpointError
 from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.incremental_text import IncrementalText, token_pieces

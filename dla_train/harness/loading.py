@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dla_train.checkpoint import open_step
 from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_directory import RUN_FILE
+from dla_train.checkpoint.stored import open_step
 from dla_train.config import Config
 from dla_train.data.shard_list import expand_prefixes, trained_with_bos
 from dla_train.data.tokenizer import Tokenizer, load_tokenizer

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dla_train.checkpoint import CheckpointError
+from dla_train.checkpoint.errors import CheckpointError
 from dla_train.config import ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.tokenizer import load_tokenizer

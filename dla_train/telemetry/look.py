@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_train.metrics import Histogram
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.mixer import MemoryReading
 from dla_train.parallel.mesh import Mesh
 from dla_train.telemetry.counts import placed_heads
 from dla_train.telemetry.sums import AGE_BINS, COLUMNS, SCORE_BINS, SCORE_WIDTH, head_sums, named
+from dla_train.trackers import Histogram
 
 RATIOS: dict[str, tuple[str, str]] = {
     "boundary_rate": ("boundaries", "decisions"),

@@ -20,10 +20,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dla_train.checkpoint import CheckpointError, StoredCheckpoint
 from dla_train.checkpoint.command import main as command
+from dla_train.checkpoint.errors import CheckpointError
 from dla_train.checkpoint.manifest import MANIFEST, MARKER, marker_text
 from dla_train.checkpoint.resuming import newest_undamaged
+from dla_train.checkpoint.stored import StoredCheckpoint
 from dla_train.config import ConfigError
 from dla_train.hydra_app import config_from_dict
 from dla_train.parallel.mesh import Mesh

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from dla_train.checkpoint import Checkpointer, CheckpointError, RunDirectoryError, complete_steps, saving
+from dla_train.checkpoint import saving
+from dla_train.checkpoint.checkpointer import Checkpointer
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
+from dla_train.checkpoint.folders import complete_steps
 from dla_train.checkpoint.run_directory import hold_run_directory, write_run_files
 from dla_train.parallel.mesh import Mesh
 from tests.checkpoint.small_runs import DATA, SmallState, make_config

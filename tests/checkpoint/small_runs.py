@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dla_train.checkpoint import Checkpointer
+from dla_train.checkpoint.checkpointer import Checkpointer
 from dla_train.config import Config
 from dla_train.hydra_app import compose
 from dla_train.parallel.mesh import Mesh

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dla_train.checkpoint import complete_steps
 from dla_train.checkpoint.command import main
-from dla_train.checkpoint.folders import checkpoint_folder, set_aside
+from dla_train.checkpoint.folders import checkpoint_folder, complete_steps, set_aside
 from tests.checkpoint.small_runs import write_checkpoints
 
 Capture = pytest.CaptureFixture[str]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dla_train.checkpoint import CheckpointError, DamagedError, complete_steps
+from dla_train.checkpoint.errors import CheckpointError, DamagedError
 from dla_train.checkpoint.folders import (
     checkpoint_folder,
+    complete_steps,
     find_checkpoints,
     folders_set_aside,
     outdated_steps,

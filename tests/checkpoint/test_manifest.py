@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from dla_train.checkpoint import CheckpointError, DamagedError, StoredCheckpoint
+from dla_train.checkpoint.errors import CheckpointError, DamagedError
 from dla_train.checkpoint.manifest import MANIFEST, MARKER, marker_text, write_hashed
+from dla_train.checkpoint.stored import StoredCheckpoint
 from tests.checkpoint.small_runs import errors_of, resumed_value, write_checkpoints
 
 EVERY_FILE = (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dla_train.checkpoint import StoredCheckpoint
+from dla_train.checkpoint.stored import StoredCheckpoint
 from tests.checkpoint.small_runs import resumed_value
 from tests.train.runs import ROOT, run_python
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dla_train.checkpoint import RunDirectoryError, run_lock
+from dla_train.checkpoint import run_lock
+from dla_train.checkpoint.errors import RunDirectoryError
 from dla_train.checkpoint.run_lock import LOCK_FILE, RunLock
 
 HOLD = """

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dla_train.checkpoint import Checkpointer, CheckpointError, RunDirectoryError, complete_steps, saving
+from dla_train.checkpoint import saving
+from dla_train.checkpoint.checkpointer import Checkpointer
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
+from dla_train.checkpoint.folders import complete_steps
 from dla_train.checkpoint.manifest import read_small
 from dla_train.checkpoint.run_lock import LOCK_FILE, RunLock
 from dla_train.parallel.mesh import Mesh

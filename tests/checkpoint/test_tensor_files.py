@@ -9,7 +9,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from dla_train.checkpoint import CheckpointError, DamagedError, tensor_files
+from dla_train.checkpoint import tensor_files
+from dla_train.checkpoint.errors import CheckpointError, DamagedError
 from dla_train.checkpoint.manifest import TENSORS
 from dla_train.checkpoint.state import Staging, check_shapes, deal, stored_random_state
 from dla_train.checkpoint.tensor_files import StoredTensors, write_tensor_files

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import STOPPED, read_status
+from dla_train.trackers import read_lines
 from tests.train.runs import ROOT, TINY, numbers_of, tensors_of
 
 STEPS = 400

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dla_train.checkpoint import open_step
 from dla_train.checkpoint.errors import CheckpointError
+from dla_train.checkpoint.stored import open_step
 from dla_train.config import ConfigError
 from dla_train.harness import model as model_module
 from dla_train.harness.errors import EvaluateError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dla_train.checkpoint import RunDirectoryError
+from dla_train.checkpoint.errors import RunDirectoryError
 from dla_train.config import ConfigError
 from dla_train.engine import build_engine
 from dla_train.evaluate.loading import load_model

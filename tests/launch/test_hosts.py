@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import read_status
+from dla_train.trackers import read_lines
 from tests.faults.processes import free_port
 from tests.launch.hosts import Hosts, missing
 from tests.train.runs import ROOT, TINY, numbers_of, run_training, tensors_of, write_corpus

@@ -9,8 +9,8 @@ import torch
 
 from dla_train.checkpoint.folders import complete_steps
 from dla_train.launch.command import main
-from dla_train.metrics import read_lines
 from dla_train.resilience.exit_codes import read_status
+from dla_train.trackers import read_lines
 from tests.slurm.cluster import Cluster
 from tests.train.runs import ROOT, TINY, numbers_of, run_training, tensors_of
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dla_train.metrics import read_lines
 from dla_train.sweep.command import run
 from dla_train.sweep.outcomes import read_outcome
+from dla_train.trackers import read_lines
 from tests.slurm.cluster import Cluster
 from tests.train.runs import ROOT, TINY
 

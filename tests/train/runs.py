@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dla_train.checkpoint import open_step
+from dla_train.checkpoint.stored import open_step
 
 ROOT = Path(__file__).parents[2]
 

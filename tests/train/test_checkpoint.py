@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dla_train.checkpoint import CheckpointError, RunDirectoryError, complete_steps, saving
-from dla_train.checkpoint.folders import checkpoint_folder
+from dla_train.checkpoint import saving
+from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
+from dla_train.checkpoint.folders import checkpoint_folder, complete_steps
 from dla_train.checkpoint.manifest import MARKER
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config

@@ -12,7 +12,8 @@ import torch
 
 from dla_train import metrics
 from dla_train.config import Config
-from dla_train.metrics import Histogram, JsonLines, PhaseClock, TensorBoard, WeightsAndBiases, read_lines
+from dla_train.metrics import PhaseClock
+from dla_train.trackers import Histogram, JsonLines, TensorBoard, WeightsAndBiases, read_lines
 
 
 def test_lines_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
