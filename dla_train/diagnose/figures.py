@@ -72,7 +72,7 @@ def _draw(
 
 def _dress(upper: Axes, lower: Axes, found: Quantity, trained: Sequence[int], label: str) -> None:
     end = max(end for _, end in found.ranges)
-    least = min(found.ranges[0][1], end / 2)
+    least = min(found.ranges[0][0] or found.ranges[0][1], end / 2)
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         for context in sorted({context for context in trained if context < end}):

@@ -152,7 +152,7 @@ def _table(title: str, found: Quantity, names: Sequence[str], reference: str) ->
 
 
 def _cell(line: Means, place: int, sign: str) -> str:
-    """`mean [low, high]`, and `-` where there is no document."""
+    """`mean [low, high]`, the mean alone of one document, and `-` where there is none."""
     digits = 3 if abs(line.mean[place]) < 10 else 1
     mean, low, high = (f"{values[place]:{sign}.{digits}f}" for values in (line.mean, line.low, line.high))
-    return f"{mean} [{low}, {high}]" if line.documents[place] else "-"
+    return {0: "-", 1: mean}.get(int(line.documents[place]), f"{mean} [{low}, {high}]")

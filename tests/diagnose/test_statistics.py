@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dla_train.diagnose.comparison import compare, default_lengths
+from dla_train.diagnose.report import _cell
 from dla_train.diagnose.statistics import (
     context_ranges,
     curve_ranges,
@@ -132,3 +133,8 @@ def test_the_ranges_of_a_curve_cover_every_position_once_and_grow(positions, per
     assert [p for first, end in ranges for p in range(first, end)] == list(range(positions))
     sizes = [end - first for first, end in ranges]
     assert all(b >= a / 2 for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_a_cell_of_the_tables_says_no_interval_of_one_document():
+    lines = means(np.array([[1.0, NAN, 4.0], [3.0, NAN, NAN]]), 0.95)
+    assert [_cell(lines, place, "+") for place in range(3)] == ["+2.000 [-10.706, +14.706]", "-", "+4.000"]
