@@ -76,6 +76,8 @@ def _check(options: PairOptions) -> None:
             raise PrepareError(f"--{name}={getattr(options, name)} is below 1; give 1 or more")
     if options.most < options.least:
         raise PrepareError(f"--most={options.most} is below --least={options.least}; raise it")
+    if options.words % 2:
+        raise PrepareError(f"--words={options.words} is odd, and a pair is two words; give {options.words + 1}")
     if options.words < 4 * options.most:
         raise PrepareError(
             f"--words={options.words} does not hold {options.most} pairs twice; give {4 * options.most} or more"

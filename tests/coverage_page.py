@@ -79,6 +79,8 @@ def main() -> int:
     parser.add_argument("--data", default=".coverage", help="what coverage wrote (default %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results", help="folder (default %(default)s)")
     arguments = parser.parse_args()
+    if not Path(arguments.data).exists():
+        parser.error(f"{arguments.data} is not there; run make coverage")
     files = {path: list(numbers) for path, numbers in sorted(measured(arguments.data).items()) if numbers[0]}
     results = {"versions": {"python": platform.python_version(), "torch": torch.__version__}, "files": files}
     (arguments.output / "coverage.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

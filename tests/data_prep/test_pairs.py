@@ -78,6 +78,7 @@ def test_the_same_options_give_the_same_documents_and_another_seed_others(
     [
         (PairOptions(documents=0), "--documents=0 is below 1"),
         (PairOptions(least=9, most=8), "--most=8 is below --least=9; raise it"),
+        (PairOptions(words=501), "--words=501 is odd, and a pair is two words; give 502"),
         (PairOptions(words=60, most=16), "--words=60 does not hold 16 pairs twice; give 64 or more"),
         (PairOptions(words=4000, most=1000), "words of one token, 1000 pairs need 2000; lower --most"),
     ],
