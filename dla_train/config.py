@@ -85,7 +85,8 @@ class MemoryConfig:
     closed_slots: str = "transition"
     """Whether closed slots keep decaying (`transition`) or keep the state of their end (`frozen`)."""
     read: str = "content"
-    """Read weights: `unit` (1), `slot` (per recency rank or level), `content` (slot plus routing on slot keys)."""
+    """Read weights: `unit` (1), `slot` (per recency rank or level), `content` (slot plus routing on slot keys),
+    `content_only` (1 plus routing)."""
     routing: str = "convolved"
     """What content routing compares: projections of its own, with a short convolution where q and k have one
     (`convolved`) or without (`projected`), or q and k themselves (`qk`)."""
@@ -105,6 +106,16 @@ class MemoryConfig:
     """C: tokens per chunk of the chunkwise form; 0 picks the backend's default."""
     backend: str = "auto"
     """Operations: `auto` (triton on CUDA, torch elsewhere), `triton`, `torch` or `recurrent`."""
+
+    @property
+    def weighs_slots(self) -> bool:
+        """Whether a weight per recency rank or level is learned."""
+        return self.read in ("slot", "content")
+
+    @property
+    def routes(self) -> bool:
+        """Whether slots are read by content."""
+        return self.read in ("content", "content_only")
 
 
 @dataclass
@@ -360,7 +371,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.drift": ("token", "update"),
     "memory.capacity_rule": ("density", "mass", "oldest", "random"),
     "memory.closed_slots": ("transition", "frozen"),
-    "memory.read": ("unit", "slot", "content"),
+    "memory.read": ("unit", "slot", "content", "content_only"),
     "memory.routing": ("qk", "projected", "convolved"),
     "memory.gate": ("soft", "hard", "straight_through"),
     "memory.backend": ("auto", "triton", "torch", "recurrent"),

@@ -254,16 +254,16 @@ def _check_memory(model: ModelConfig, memory: MemoryConfig) -> None:
 
 
 def _check_ignored_memory_keys(memory: MemoryConfig) -> None:
-    dla, reads = memory.policy == "dla", memory.read != "unit"
-    content = memory.read == "content" and memory.policy not in ("single", "none")
+    dla, reads, levels = memory.policy == "dla", memory.read != "unit", memory.policy == "log_linear"
+    content = memory.routes and memory.policy not in ("single", "none")
     gated = dla and reads and memory.gate != "hard"
     conditions: list[tuple[bool, str, tuple[str, ...]]] = [
         (dla, "memory.policy=dla", ("tau", "tau_control", "drift", "capacity_rule")),
         (dla and memory.tau_control == "rate", "memory.tau_control=rate", ("target_boundary_rate", "tau_step")),
         (memory.policy == "fixed", "memory.policy=fixed", ("interval_tokens",)),
-        (memory.policy == "log_linear" and reads, "memory.policy=log_linear with read weights", ("levels",)),
+        (levels and memory.weighs_slots, "memory.policy=log_linear with a weight per level", ("levels",)),
         (memory.policy not in ("single", "none"), "a policy with several slots", ("closed_slots",)),
-        (content, "memory.read=content", ("routing", "gain_init", "sharpness_init")),
+        (content, "memory.read=content or content_only", ("routing", "gain_init", "sharpness_init")),
         (content and memory.routing != "qk", "a memory.routing with projections of its own", ("routing_dim",)),
         (gated, "memory.policy=dla with a soft gate", ("gate_temperature", "gate_temperature_final")),
         (memory.policy != "none", "a recurrent memory", ("chunk_tokens", "backend")),

@@ -40,6 +40,7 @@ from dla_train.config import (
     ResilienceConfig,
 )
 from dla_train.config_rules import validate
+from dla_train.group_choices import refuse_choices_without_effect
 from dla_train.initial_model import initial_setting
 from dla_train.run_process import PointError
 
@@ -88,13 +89,21 @@ def config_directory() -> Path:
     raise ConfigError(f"no configs folder in {package} or beside it; reinstall dla-train, or pass --config-dir")
 
 
+def _config_folders() -> list[Path]:
+    """Where Hydra looked for the options of the running job, in its order."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(source.path) for source in sources if source.schema == "file"]
+
+
 def compose(overrides: list[str]) -> Config:
     """The configuration of a command line, e.g. `["experiment=quickstart"]`, unchecked. Raises ConfigError."""
     register_schema()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
         try:
-            return to_config(hydra.compose("config", overrides))
-        except HydraException as error:
+            composed = hydra.compose("config", overrides)
+            refuse_choices_without_effect(overrides, composed, GROUPS, [config_directory()])
+            return to_config(composed)
+        except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error)) from error
 
 
@@ -197,6 +206,7 @@ def run_application(
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return point(composed)
         try:
+            refuse_choices_without_effect(HydraConfig.get().overrides.task, composed, GROUPS, _config_folders())
             job(checked_config(composed, int(os.environ.get("WORLD_SIZE", "1"))))
         except user_errors as error:
             _report(str(error), every_rank=True)

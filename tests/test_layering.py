@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
     {"dla_kernels", "config", "intervals", "durable"},
     {"data_config", "evaluation_rules"},
-    {"config_rules", "initial_model", "start_clock", "run_process", "trackers"},
+    {"config_rules", "group_choices", "initial_model", "start_clock", "run_process", "trackers"},
     {"hydra_app"},
     {"multirun"},
     {"parallel"},
@@ -80,7 +80,7 @@ def violations(path: str, source: str) -> list[str]:
             upward = level(other, path) >= level(own, path)
             if upward or (own == "data_prep" and other not in ("data", "durable")) or own == "dla_kernels":
                 wrong.append(f"{path} imports {name}: its layer is not below")
-        if own in ("config", "data_config", "evaluation_rules", "config_rules", "initial_model") and top == "torch":
+        if own in ("config", "data_config", "evaluation_rules", "config_rules", "group_choices", "initial_model") and top == "torch":
             wrong.append(f"{path} imports {name}: a configuration is checked without torch")
     return wrong
 

@@ -51,7 +51,7 @@ def memory_capacity(memory: MemoryConfig) -> int:
 
 def routing_dim(model: ModelConfig, memory: MemoryConfig) -> int:
     """R: size of a routing key; 0 without content reading."""
-    if model.backbone == "attention" or memory.read != "content":
+    if model.backbone == "attention" or not memory.routes:
         return 0
     return model.key_dim if memory.routing == "qk" else memory.routing_dim
 
@@ -155,7 +155,7 @@ def _mixer_vectors(model: ModelConfig, memory: MemoryConfig) -> int:
 
 def _read_outputs(model: ModelConfig, memory: MemoryConfig) -> int:
     """Rows of the slot-weight projection."""
-    if model.backbone == "attention" or memory.read == "unit":
+    if model.backbone == "attention" or not memory.weighs_slots:
         return 0
     return model.num_heads * (memory.levels if memory.policy == "log_linear" else memory_capacity(memory))
 
@@ -168,7 +168,7 @@ def _reader_matrices(model: ModelConfig, memory: MemoryConfig) -> int:
 def _reader_parameters(model: ModelConfig, memory: MemoryConfig) -> int:
     if model.backbone == "attention":
         return 0
-    content = 2 * model.num_heads if memory.read == "content" else 0
+    content = 2 * model.num_heads if memory.routes else 0
     tau = model.num_heads if memory.policy == "dla" and memory.tau_control == "learned" else 0
     return _reader_matrices(model, memory) + _read_outputs(model, memory) + content + tau
 
@@ -186,6 +186,6 @@ def _memory_flops(model: ModelConfig, memory: MemoryConfig, context: int) -> flo
         mixing += 2 * k * k + 2 * moved * k * k * v / chunk  # Gam, and Gam S of the slots that still move
     if memory.policy == "dla":
         mixing += chunk * v + chunk * chunk + 2 * k * v  # V V^T, the drift tables, the open slot's row
-    if memory.read == "content":
+    if memory.routes:
         mixing += 2 * (slots + chunk / 2) * routing_dim(model, memory)  # rho . kappa of old slots and inside the chunk
     return model.num_heads * mixing + model.num_key_heads * shared

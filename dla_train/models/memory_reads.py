@@ -151,8 +151,8 @@ class MemoryReader(nn.Module):
         self.backend = None if memory.backend == "auto" else memory.backend
         self.tau = Tau(model.num_heads, memory.tau_control) if memory.policy == "dla" else None
         outputs = self.levels or self.capacity
-        self.slots = None if memory.read == "unit" else SlotWeights(model.width, model.num_heads, outputs)
-        self.routing = Routing(model, memory, context) if memory.read == "content" else None
+        self.slots = SlotWeights(model.width, model.num_heads, outputs) if memory.weighs_slots else None
+        self.routing = Routing(model, memory, context) if memory.routes else None
 
     @property
     def routing_dim(self) -> int:

@@ -142,8 +142,8 @@ def _state_inputs(shape: LayerShape) -> int:
 def _reads(shape: LayerShape) -> int:
     """Read weights before they are combined: projection, levels, routing keys, gates."""
     tokens, heads = shape.tokens, shape.heads
-    total = tokens * FLOAT_BYTES * heads * shape.read_outputs if shape.weighted else 0
-    if shape.memory.policy == "log_linear":  # levels of slots, and the weights that are looked up by them
+    total = tokens * FLOAT_BYTES * heads * shape.read_outputs
+    if shape.memory.policy == "log_linear" and shape.read_outputs:  # levels of slots, and the weights that are looked up by them
         total += tokens * (INDEX_BYTES * (shape.slots + 1) + FLOAT_BYTES * heads * shape.read_outputs)
     if shape.content:
         wide = shape.widened or shape.memory.routing != "qk"

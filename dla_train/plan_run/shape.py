@@ -141,7 +141,9 @@ class LayerShape:
 
     @property
     def read_outputs(self) -> int:
-        """Learned read weights of a head."""
+        """Learned weights of a head, by recency rank or level."""
+        if not self.memory.weighs_slots:
+            return 0
         return self.memory.levels if self.memory.policy == "log_linear" else self.slots
 
     @property
@@ -156,13 +158,13 @@ class LayerShape:
 
     @property
     def weighted(self) -> bool:
-        """Whether read weights are learned."""
+        """Whether read weights differ from 1."""
         return self.memory.read != "unit"
 
     @property
     def content(self) -> bool:
         """Whether slots are read by content."""
-        return self.memory.read == "content"
+        return self.memory.routes
 
     @property
     def frozen(self) -> bool:

@@ -68,7 +68,7 @@ class MemoryLook:
         self._sums = torch.zeros(size, dtype=torch.float64, device=mesh.device)
         self._settings = torch.zeros_like(self._sums[..., : len(SETTINGS)])
         memory = model.memory_config
-        has = {"tau": memory.policy == "dla"} | dict.fromkeys(("gain", "sharpness"), memory.read == "content")
+        has = {"tau": memory.policy == "dla"} | dict.fromkeys(("gain", "sharpness"), memory.routes)
         self._has = [name for name in SETTINGS if has[name]]
 
     def __call__(self, layer: int, reading: MemoryReading) -> None:

@@ -36,6 +36,7 @@ def test_predicted_parameter_count_equals_counted(shipped, model, memory):
         {"conv_bias": True},
         {"tie_embeddings": True},
         {"read": "unit"},
+        {"read": "content_only"},
         {"num_key_heads": 1},
         {"num_key_heads": 4},
     ],

@@ -17,6 +17,7 @@ CASES = [
             {"capacity_rule": "oldest"},
             {"capacity_rule": "random"},
             {"read": "slot"},
+            {"read": "content_only"},
             {"routing": "qk"},
             {"conv_width": 0},
             {"conv_width": 1},

@@ -104,6 +104,7 @@ def test_any_length_and_batch_runs_and_rows_are_independent(tiny, build, backbon
                 {"closed_slots": "frozen"},
                 {"drift": "update"},
                 {"read": "slot"},
+                {"read": "content_only"},
             )
         ),
     ],

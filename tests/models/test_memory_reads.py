@@ -52,6 +52,21 @@ def test_log_linear_weighs_every_token_by_its_fenwick_level(tiny):
             assert torch.equal(by_rank[0, t, :, rank], by_level[0, t, :, level]), (t, s)
 
 
+@pytest.mark.parametrize("policy", ["log_linear", "fixed", "dla"])
+def test_content_alone_is_content_whose_slot_weights_stay_at_one(tiny, policy):
+    from dla_kernels import plan_memory
+
+    both, alone = (reader_of(tiny("mamba2", policy, read=read)) for read in ("content", "content_only"))
+    x, hidden = inputs_of(12), torch.randn(1, 12, 12)
+    plan = plan_memory(x.k, x.v, x.log_decay, tau=0.6, capacity=both.capacity, policy=policy)
+    for reader in (both, alone):
+        for name, parameter in reader.routing.named_parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(len(name))).abs_()
+    (expected, _), (weights, _) = (reader(hidden, x, plan, None) for reader in (both, alone))
+    assert alone.slots is None and weights.max() > 1
+    torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
 def test_a_gain_of_zero_reads_exactly_the_slot_form_and_a_negative_one_is_zero(tiny):
     from dla_kernels import plan_memory
 

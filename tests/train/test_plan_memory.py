@@ -40,6 +40,8 @@ CASES = {
     "gated frozen slots": ("model=gated_deltanet_tiny", "memory=dla_frozen", "data.context_tokens=100"),
     "gated fixed": ("model=gated_deltanet_tiny", "memory=fixed", "model.conv_width=2"),
     "gated on q and k": ("model=gated_deltanet_tiny", "memory=dla_learned", "memory.routing=qk"),
+    "mamba2 content alone": ("model=mamba2_tiny", "memory=dla", "memory.read=content_only"),
+    "log-linear content alone": ("model=gated_deltanet_tiny", "memory=log_linear", "memory.read=content_only"),
     "gated slot weights": ("model=gated_deltanet_tiny", "memory=dla_slot", "memory.chunk_tokens=64"),
     "gated small": ("model=gated_deltanet_125m", "memory=single", *SMALL),
 }

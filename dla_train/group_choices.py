@@ -1,0 +1,49 @@
+"""A group chosen in words whose values an experiment then sets itself: what was asked for would silently not be done."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from dla_train.config import ConfigError
+
+
+def refuse_choices_without_effect(
+    words: Sequence[str], composed: DictConfig, groups: Collection[str], folders: Sequence[Path]
+) -> None:
+    """Raise ConfigError where `group=option` among the words says one value and the configuration holds another.
+
+    An experiment is composed after the groups, so what it sets stands whatever option is chosen; a word `group.key=value`
+    comes after both, and settles it. folders: where options' files are looked for, the first that has one counts.
+    """
+    overrides = [word for word in OverridesParser.create().parse_overrides(list(words)) if not word.is_delete()]
+    settled = {word.key_or_group for word in overrides}
+    experiment = next((str(word.value()) for word in overrides if word.key_or_group == "experiment"), None)
+    if experiment is None:
+        return
+    for word in overrides:
+        group, option = word.key_or_group, word.value()
+        if group not in groups or not isinstance(option, str):
+            continue
+        for key, value in _values(group, option, folders).items():
+            name = f"{group}.{key}"
+            set_to = OmegaConf.select(composed, name, default=value)
+            if set_to != value and name not in settled:
+                raise ConfigError(
+                    f"{group}={option} says {name}={value}, but experiment={experiment} sets it to {set_to}, and an "
+                    f"experiment's own settings stand; add {name}={value}, or {name}={set_to} to keep the experiment's"
+                )
+
+
+def _values(group: str, option: str, folders: Sequence[Path]) -> dict[str, object]:
+    """What an option's own file sets, without values that refer to others or are to be given; nothing where there is no such file."""
+    path = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
+    if path is None:
+        return {}
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    keys = [str(key) for key in loaded if key != "defaults" and not OmegaConf.is_missing(loaded, key)]
+    return {key: loaded[key] for key in keys if not OmegaConf.is_interpolation(loaded, key)}
