@@ -1,4 +1,4 @@
-"""A group chosen in words whose values an experiment then sets itself: what was asked for would silently not be done."""
+"""An option of a group whose values an experiment then sets itself: what was asked for would silently not be done."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def refuse_choices_without_effect(
 ) -> None:
     """Raise ConfigError where `group=option` among the words says one value and the configuration holds another.
 
-    An experiment is composed after the groups, so what it sets stands whatever option is chosen; a word `group.key=value`
-    comes after both, and settles it. folders: where options' files are looked for, the first that has one counts.
+    An experiment is composed after the groups, so what it sets stands whatever option is chosen; a word
+    `group.key=value` comes after both, and settles it. folders: where options' files are looked for, in this order.
     """
     overrides = [word for word in OverridesParser.create().parse_overrides(list(words)) if not word.is_delete()]
     settled = {word.key_or_group for word in overrides}
@@ -39,7 +39,7 @@ def refuse_choices_without_effect(
 
 
 def _values(group: str, option: str, folders: Sequence[Path]) -> dict[str, object]:
-    """What an option's own file sets, without values that refer to others or are to be given; nothing where there is no such file."""
+    """What an option's own file sets, if there is one, without values that refer to others or are to be given."""
     path = next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
     if path is None:
         return {}

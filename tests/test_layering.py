@@ -41,6 +41,7 @@ DOORS = {  # third party: path prefixes that may import it
     "optuna": ("dla_train/sweep/",),
     "lm_eval": ("dla_train/harness/",),
 }
+WITHOUT_TORCH = ("config", "data_config", "evaluation_rules", "config_rules", "group_choices", "initial_model")
 
 
 def component(module: str) -> str:
@@ -80,7 +81,7 @@ def violations(path: str, source: str) -> list[str]:
             upward = level(other, path) >= level(own, path)
             if upward or (own == "data_prep" and other not in ("data", "durable")) or own == "dla_kernels":
                 wrong.append(f"{path} imports {name}: its layer is not below")
-        if own in ("config", "data_config", "evaluation_rules", "config_rules", "group_choices", "initial_model") and top == "torch":
+        if own in WITHOUT_TORCH and top == "torch":
             wrong.append(f"{path} imports {name}: a configuration is checked without torch")
     return wrong
 

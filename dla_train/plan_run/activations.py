@@ -143,7 +143,7 @@ def _reads(shape: LayerShape) -> int:
     """Read weights before they are combined: projection, levels, routing keys, gates."""
     tokens, heads = shape.tokens, shape.heads
     total = tokens * FLOAT_BYTES * heads * shape.read_outputs
-    if shape.memory.policy == "log_linear" and shape.read_outputs:  # levels of slots, and the weights that are looked up by them
+    if shape.memory.policy == "log_linear" and shape.read_outputs:  # levels of slots, and weights by them
         total += tokens * (INDEX_BYTES * (shape.slots + 1) + FLOAT_BYTES * heads * shape.read_outputs)
     if shape.content:
         wide = shape.widened or shape.memory.routing != "qk"
