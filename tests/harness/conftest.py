@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.data.tokenizer import Tokenizer, load_tokenizer
 from dla_train.hydra_app import compose
 from dla_train.models import LanguageModel, init_weights
 from dla_train.train import train
 from tests.harness.local_data import write_local_data
+from tests.tiny import tiny_configs
 from tests.train.runs import TINY, write_corpus
 
 KINDS = (
@@ -80,23 +80,8 @@ def small() -> Callable[[str, str], LanguageModel]:
     """small(backbone, policy): a model of two layers, in evaluation mode, every parameter off its initial value."""
 
     def make(backbone: str, policy: str) -> LanguageModel:
-        attention = backbone == "attention"
-        model = ModelConfig(
-            name="small",
-            backbone=backbone,
-            vocab_size=310,
-            width=16,
-            num_layers=2,
-            num_heads=4,
-            num_key_heads=2,
-            key_dim=4,
-            value_dim=4 if attention else 6,
-            mlp_width=20,
-            conv_width=0 if attention else 4,
-        )
-        reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
-        capacity = {"single": 1, "log_linear": 12}.get(policy, 4)
-        memory = MemoryConfig(policy=policy, capacity=capacity, read=reads.get(policy, "content"), interval_tokens=3)
+        sizes = {"vocab_size": 310, "width": 16, **({"capacity": 12} if policy == "log_linear" else {})}
+        model, memory = tiny_configs(backbone, policy, **sizes)
         made = init_weights(LanguageModel(model, memory), 0)
         generator = torch.Generator().manual_seed(1)
         for name, tensor in made.state_dict().items():

@@ -1,6 +1,5 @@
 """Small models with scattered weights, and folders of them opened by transformers in this process."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.huggingface.writing import Content, write_files
 from dla_train.models import LanguageModel, init_weights
+from tests.tiny import tiny_configs
 from tests.train.runs import write_corpus
 
 
@@ -37,29 +37,7 @@ def content(tokenizer_path: Path) -> Callable[..., Content]:
     """content(backbone, policy, **changes): a small model whose every parameter is off its initial value."""
 
     def make(backbone: str, policy: str, **changes: Any) -> Content:
-        model = ModelConfig(
-            name="small",
-            backbone=backbone,
-            vocab_size=310,
-            width=16,
-            num_layers=2,
-            num_heads=4,
-            num_key_heads=2,
-            key_dim=4,
-            value_dim=4 if backbone == "attention" else 6,
-            mlp_width=20,
-            conv_width=0 if backbone == "attention" else 4,
-        )
-        reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
-        memory = MemoryConfig(
-            policy=policy,
-            capacity={"single": 1, "log_linear": 8}.get(policy, 4),
-            read=reads.get(policy, "content"),
-            interval_tokens=3,
-        )
-        names = {field.name for field in dataclasses.fields(ModelConfig)}
-        model = dataclasses.replace(model, **{key: value for key, value in changes.items() if key in names})
-        memory = dataclasses.replace(memory, **{key: value for key, value in changes.items() if key not in names})
+        model, memory = tiny_configs(backbone, policy, **{"name": "small", "vocab_size": 310, "width": 16, **changes})
         return Content(model, memory, scattered(model, memory), tokenizer_path, bos=True, context_tokens=64)
 
     return make

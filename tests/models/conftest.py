@@ -1,6 +1,5 @@
 """Small models of every kind, and the shipped configurations read without Hydra."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from omegaconf import OmegaConf
 
 from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models import LanguageModel, init_weights
+from tests.tiny import tiny_configs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -29,31 +29,7 @@ def shipped():
 @pytest.fixture
 def tiny():
     """tiny(backbone, policy, **changes): configurations of a model small enough for a token loop."""
-
-    def make(backbone, policy, **changes):
-        model = ModelConfig(
-            name="tiny",
-            backbone=backbone,
-            vocab_size=17,
-            width=12,
-            num_layers=2,
-            num_heads=4,
-            num_key_heads=2,
-            key_dim=4,
-            value_dim=4 if backbone == "attention" else 6,
-            mlp_width=20,
-            conv_width=0 if backbone == "attention" else 4,
-        )
-        reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
-        capacity = {"single": 1, "log_linear": 8}.get(policy, 4)
-        memory = MemoryConfig(
-            policy=policy, capacity=capacity, read=reads.get(policy, "content"), levels=5, interval_tokens=3
-        )
-        names = {f.name for f in dataclasses.fields(ModelConfig)}
-        model = dataclasses.replace(model, **{k: v for k, v in changes.items() if k in names})
-        return model, dataclasses.replace(memory, **{k: v for k, v in changes.items() if k not in names})
-
-    return make
+    return tiny_configs
 
 
 @pytest.fixture

@@ -3,37 +3,26 @@
 Every rank builds the whole model too, once for each case, so that nothing but the division differs.
 """
 
-import dataclasses
 import functools
 import json
 
 import torch
 import torch.distributed as dist
 
-from dla_train.config import MemoryConfig, ModelConfig
 from dla_train.models import LanguageModel, init_weights, language_model
 from dla_train.models.loss import next_token_loss
 from dla_train.parallel import sections
 from dla_train.parallel.axes import Axes
 from dla_train.parallel.sections import part_of, whole_of
+from tests.tiny import tiny_configs
 
 LIMIT = 1e-9
 """Float64; sums in another order."""
 
 
 def configs(backbone, policy, changes):
-    model = ModelConfig(
-        name="tiny", backbone=backbone, vocab_size=17, width=12, num_layers=2, num_heads=8, num_key_heads=4, key_dim=4,
-        value_dim=4 if backbone == "attention" else 6, mlp_width=24, conv_width=0 if backbone == "attention" else 4,
-    )  # fmt: skip
-    reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
-    memory = MemoryConfig(
-        policy=policy, capacity={"single": 1, "log_linear": 8}.get(policy, 4), read=reads.get(policy, "content"),
-        levels=5, interval_tokens=3,
-    )  # fmt: skip
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    model = dataclasses.replace(model, **{k: v for k, v in changes.items() if k in names})
-    return model, dataclasses.replace(memory, **{k: v for k, v in changes.items() if k not in names | {"recompute"}})
+    changes = {name: value for name, value in changes.items() if name != "recompute"}
+    return tiny_configs(backbone, policy, **{"num_heads": 8, "num_key_heads": 4, "mlp_width": 24, **changes})
 
 
 def scattered(model, memory, axes, recompute=False):

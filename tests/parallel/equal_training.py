@@ -22,7 +22,6 @@ from dla_train.config import (
     EngineConfig,
     LoggingConfig,
     MemoryConfig,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     TrainConfig,
@@ -38,6 +37,7 @@ from dla_train.parallel.sections import whole_of
 from dla_train.segments import SegmentedForward, segments_of
 from tests.parallel import ranks
 from tests.parallel.equal_models import whole_logits
+from tests.tiny import tiny_configs
 from tests.tolerances import TRAINING
 
 TOKENS, ROWS_OF_A_RANK, STEPS, KEPT = 24, 2, 3, (1, 3)
@@ -48,24 +48,21 @@ EDGES = (0, 7, 8, 19)
 """Where documents begin in a row, if it is packed."""
 
 
+SIZES = {
+    "vocab_size": 40, "width": 16, "num_heads": 8, "num_key_heads": 4, "value_dim": 4, "mlp_width": 24, "init_std": 0.1,
+}  # fmt: skip
+
+
 def configuration(backbone, policy, changes, axes, stage, dtype, rows=None):
     """Of a run in the layout `axes` with DeepSpeed's `stage`, -1 for the local engine; two rows a rank by default."""
-    reads = {"none": "unit", "single": "unit", "log_linear": "slot"}
+    model, memory = tiny_configs(backbone, policy, **SIZES)
+    if memory.routes:
+        memory.gain_init = 0.5
+    if policy == "dla":  # in bfloat16 scores differ by hundredths between layouts: decide on more
+        memory.tau = 1.1 if dtype == "float32" else 0.3
+        memory.capacity_rule = MemoryConfig.capacity_rule if dtype == "float32" else "oldest"
     config = Config(
-        name="tiny", run_dir="unused", seed=3,
-        model=ModelConfig(
-            name="tiny", backbone=backbone, vocab_size=40, width=16, num_layers=2, num_heads=8, num_key_heads=4,
-            key_dim=4, value_dim=4, mlp_width=24, conv_width=0 if backbone == "attention" else 4, init_std=0.1,
-        ),
-        memory=MemoryConfig(
-            policy=policy, capacity={"single": 1, "log_linear": 8}.get(policy, 4), read=reads.get(policy, "content"),
-            levels=5 if policy == "log_linear" else MemoryConfig.levels,
-            interval_tokens=3 if policy == "fixed" else MemoryConfig.interval_tokens,
-            gain_init=0.5 if reads.get(policy, "content") == "content" else MemoryConfig.gain_init,
-            # In bfloat16 scores differ by hundredths between layouts: there, decisions that do not hang on as much.
-            tau=MemoryConfig.tau if policy != "dla" else 1.1 if dtype == "float32" else 0.3,
-            capacity_rule="oldest" if policy == "dla" and dtype != "float32" else MemoryConfig.capacity_rule,
-        ),
+        name="tiny", run_dir="unused", seed=3, model=model, memory=memory,
         data=DataConfig(name="none", train=["none"], tokenizer="none", context_tokens=TOKENS),
         # A large epsilon: Adam divides by the root of the second moment, so that a gradient of rounding noise alone
         # would move its parameter by the whole learning rate, in a direction of its own.
