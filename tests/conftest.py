@@ -10,6 +10,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests import interpreter  # after the variable, for it imports Triton
+
+    interpreter.hasten()
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
 """Where transformers puts code of model folders that it imports: one place a process, and not the user's."""
