@@ -72,7 +72,9 @@ def test_every_builtin_of_the_language_is_replaced_and_put_back(original):
     replaced = []
     for module in (original, interpreter):
         scope = module._patch_lang(_then.fn)
-        replaced.append([{n for n, m in members(p).items() if m is not b.get(n)} for p, b in zip(packages, before)])
+        replaced.append(
+            [{n for n, m in members(p).items() if m is not b.get(n)} for p, b in zip(packages, before, strict=True)]
+        )
         scope.restore()
         assert [members(package) for package in packages] == before
     assert replaced[0] == replaced[1] and len(replaced[0][0]) > 50
