@@ -6,6 +6,7 @@ ends the rank, and with it the run: the other ranks may be waiting for this one 
 
 import gc
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,28 +33,40 @@ def main() -> None:
         torch.cuda.set_device(ranks.device)
     backend = "gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
-    for index, check in enumerate(json.loads(spec.read_text())):
-        written = f"{spec.parent}/{index}.{dist.get_rank()}"
-        try:
-            axes = start_axes(check["tensor"], check["context"], check["sequence"])
-            result = getattr(module, check["function"])(axes, **check["arguments"])
-            end_axes(axes)
-            end_groups_of_engines()
-        except Exception:
-            Path(f"{written}.failed").write_text(traceback.format_exc())
-            raise
-        torch.save(result, f"{written}.part")
-        Path(f"{written}.part").rename(f"{written}.pt")  # another rank's failure may end this one at any moment
+    checks = sorted(enumerate(json.loads(spec.read_text())), key=lambda numbered: layout_of(numbered[1]))
+    for layout, of_layout in itertools.groupby(checks, key=lambda numbered: layout_of(numbered[1])):
+        axes = start_axes(*layout)
+        groups = set(dist.distributed_c10d._world.pg_map)
+        for index, check in of_layout:
+            run_check(module, check, f"{spec.parent}/{index}.{dist.get_rank()}")
+            end_groups_of_engines(but=groups)
+        end_axes(axes)
     dist.destroy_process_group()
 
 
-def end_groups_of_engines() -> None:
+def layout_of(check: dict[str, Any]) -> tuple[int, int]:
+    """What decides which groups there are; making them takes a quarter of a second, so checks share them."""
+    return check["tensor"], check["context"]
+
+
+def run_check(module: ModuleType, check: dict[str, Any], written: str) -> None:
+    """Call a check's function with its axes, on the groups that stand, and write what it returned or raised."""
+    try:
+        axes = start_axes(*layout_of(check), check["sequence"])
+        result = getattr(module, check["function"])(axes, **check["arguments"])
+    except Exception:
+        Path(f"{written}.failed").write_text(traceback.format_exc())
+        raise
+    torch.save(result, f"{written}.part")
+    Path(f"{written}.part").rename(f"{written}.pt")  # another rank's failure may end this one at any moment
+
+
+def end_groups_of_engines(but: set[dist.ProcessGroup]) -> None:
     """Destroy the groups that DeepSpeed's engines made: hundreds of them, with their threads, would slow every rank."""
     gc.collect()
     gc.freeze()  # what lives on, such as imported modules, is not looked at again
     deepspeed = sys.modules.get("deepspeed.comm.comm")
-    made = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
-    for group in made:
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group not in but]:
         (deepspeed or dist).destroy_process_group(group)
 
 

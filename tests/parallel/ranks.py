@@ -17,9 +17,10 @@ what the test compares, on the CPU. A test module names its checks and starts ea
         by_rank = outcomes.of(CHECKS[0])  # [what rank 0 returned, what rank 1 returned]
         expected = model_worker.losses(Axes.single(), backbone="mamba2")  # one rank: call the function here
 
-Checks run in the order of the list. `of` fails with the rank, the check and the traceback where a check raised; the
-launcher then ends every rank, so later checks did not run, and their `of` says so. A layout with tensor = context = 1
-leaves all ranks data-parallel and does not import megatron, which takes 3 s of each rank.
+Checks run layout by layout, those of one in the order of the list and on the same groups. `of` fails with the rank, the
+check and the traceback where a check raised; the launcher then ends every rank, so later checks did not run, and their
+`of` says so. A layout with tensor = context = 1 leaves all ranks data-parallel and does not import megatron, which
+takes 3 s of each rank.
 """
 
 import dataclasses
