@@ -3,6 +3,7 @@
   dla-diagnose runs=[runs/single,runs/dla]                            # the first run's validation files
   dla-diagnose runs=[runs/single,runs/dla] data=[data/books] context_tokens=32768 documents=256 output=diagnostics/books
   dla-diagnose runs=[runs/dla@1000,runs/dla] names=[early,late]       # two checkpoints of one run
+  dla-diagnose seeds=[out/seed_0,out/seed_1,out/seed_2] output=out/seeds    # comparisons of three seeds as one
 
 Writes diagnostics.json, .npz and .md, and pictures of the loss by position, by length and by the distance of what is
 recalled into `output`. Exit code 0, or 2 after a mistake that is explained. Settings and defaults (meanings:
@@ -21,7 +22,8 @@ from dla_train.data.errors import DataError
 from dla_train.diagnose.arms import losses_of, open_arms, open_documents
 from dla_train.diagnose.comparison import compare, default_lengths
 from dla_train.diagnose.recalled import recall_distances
-from dla_train.diagnose.report import write_report
+from dla_train.diagnose.report import write_report, write_seeds
+from dla_train.diagnose.seeds import compare_seeds, read_seeds
 from dla_train.diagnose.settings import DiagnoseConfig, read_settings
 from dla_train.evaluate.bands import Bands
 from dla_train.hydra_app import MISTAKE, defaults_of
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{__doc__}{defaults_of(DiagnoseConfig)}")
         return 0 if words else MISTAKE
     try:
-        print(diagnose(read_settings(words)))
+        settings = read_settings(words)
+        print(diagnose_seeds(settings) if settings.seeds else diagnose(settings))
     except (ConfigError, CheckpointError, DataError, OSError) as error:
         print(f"dla-diagnose: error: {error}", file=sys.stderr)
         return MISTAKE
@@ -64,6 +67,13 @@ def diagnose(settings: DiagnoseConfig) -> str:
         confidence=settings.confidence,
     )
     return write_report(settings, arms, files, documents, losses, found)
+
+
+def diagnose_seeds(settings: DiagnoseConfig) -> str:
+    """Compare over seeds what was compared with each, and write the report; returns its tables. Raises ConfigError."""
+    reports = read_seeds(settings.seeds)
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    return write_seeds(settings, reports, compare_seeds(reports, settings.confidence))
 
 
 if __name__ == "__main__":

@@ -108,19 +108,22 @@ def default_lengths(positions: int) -> list[int]:
     return [length for length in (2**power for power in range(6, 40)) if length < positions] + [positions]
 
 
-def as_plain(quantity: Quantity) -> list[dict[str, Any]]:
-    """A quantity as JSON: one object for each number; null where there is nothing to say."""
+def as_plain(quantity: Quantity, counted: str = "documents") -> list[dict[str, Any]]:
+    """A quantity as JSON: one object for each number; null where there is nothing to say.
+
+    counted: what its means are over.
+    """
     lines = []
     for place in range(len(next(iter(quantity.arms.values())).mean)):
         first, end = quantity.ranges[place]
         line: dict[str, Any] = {"first": first, "end": end}
-        line["arms"] = {name: _numbers(found, place) for name, found in quantity.arms.items()}
-        line["differences"] = {name: _numbers(found, place) for name, found in quantity.differences.items()}
+        line["arms"] = {name: _numbers(found, place, counted) for name, found in quantity.arms.items()}
+        line["differences"] = {name: _numbers(found, place, counted) for name, found in quantity.differences.items()}
         lines.append(line)
     return lines
 
 
-def _numbers(found: Means, place: int) -> dict[str, float | int | None]:
+def _numbers(found: Means, place: int, counted: str) -> dict[str, float | int | None]:
     parts = {"mean": found.mean[place], "low": found.low[place], "high": found.high[place]}
     numbers: dict[str, float | int | None] = {k: float(v) if np.isfinite(v) else None for k, v in parts.items()}
-    return numbers | {"documents": int(found.documents[place])}
+    return numbers | {counted: int(found.documents[place])}

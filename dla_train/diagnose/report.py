@@ -19,6 +19,7 @@ from dla_train.diagnose.arms import Arm
 from dla_train.diagnose.comparison import Comparison, Quantity, as_plain
 from dla_train.diagnose.figures import plot_loss_by_position, plot_perplexity_by_length, plot_recalled
 from dla_train.diagnose.scoring import Documents
+from dla_train.diagnose.seeds import SAME_OF_ARM
 from dla_train.diagnose.settings import DiagnoseConfig
 from dla_train.diagnose.statistics import Losses, Means, position_sums
 from dla_train.durable import write_atomically
@@ -37,15 +38,32 @@ def write_report(
     found: Comparison,
 ) -> str:
     """Write everything into settings.output; returns the tables."""
+    _write_arrays(Path(settings.output) / f"{NAME}.npz", documents, losses)
+    facts = _facts(settings, arms, files, documents) | {"versions": _versions()}
+    return _write(settings, facts, found, f"{len(documents.numbers)} documents", "documents")
+
+
+def write_seeds(settings: DiagnoseConfig, reports: Sequence[dict[str, Any]], found: Comparison) -> str:
+    """Write the comparison over seeds into settings.output; returns the tables."""
+    same = {"settings": dataclasses.asdict(settings), "text": reports[0]["text"], "versions": _versions()}
+    arms = [{key: arm[key] for key in SAME_OF_ARM} for arm in reports[0]["arms"]]
+    seeds = [[arm["seed"] for arm in report["arms"]] for report in reports]
+    return _write(settings, same | {"arms": arms, "seeds": seeds}, found, f"{len(reports)} seeds", "seeds")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "dla-train": own_version()}
+
+
+def _write(settings: DiagnoseConfig, facts: dict[str, Any], found: Comparison, over: str, counted: str) -> str:
+    """The numbers, tables and pictures of a comparison whose means are over so many documents or seeds."""
     folder = Path(settings.output)
-    facts = _facts(settings, arms, files, documents)
-    numbers = {name: as_plain(getattr(found, name)) for name in ("bands", "lengths", "curve", "recalled")}
-    in_context = as_plain(found.in_context)[0] if found.in_context is not None else None
+    numbers = {name: as_plain(getattr(found, name), counted) for name in ("bands", "lengths", "curve", "recalled")}
+    in_context = as_plain(found.in_context, counted)[0] if found.in_context is not None else None
     whole = facts | numbers | {"in_context": _in_context(found, in_context)}
-    _write_arrays(folder / f"{NAME}.npz", documents, losses)
     text = tables(found, facts)
-    trained = [arm.trained_tokens for arm in arms]
-    interval = f"{settings.confidence:.0%} intervals over {len(documents.numbers)} documents, paired below"
+    trained = [arm["trained_context_tokens"] for arm in facts["arms"]]
+    interval = f"{settings.confidence:.0%} intervals over {over}, paired below"
     plot_loss_by_position(found, trained, f"Loss by position; {interval}", folder / CURVE)
     plot_perplexity_by_length(found, trained, f"Perplexity by length; {interval}", folder / PERPLEXITY)
     plot_recalled(found, f"Recalled targets; {interval}", folder / RECALLED)
@@ -81,7 +99,6 @@ def _facts(settings: DiagnoseConfig, arms: Sequence[Arm], files: TokenFiles, doc
             "positions": documents.positions,
             "targets": int((documents.lengths - 1).sum()),
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "dla-train": own_version()},
     }
 
 
@@ -123,7 +140,8 @@ def tables(found: Comparison, facts: dict[str, Any]) -> str:
     lengths = [f"{b}" for _, b in perplexity.ranges]
     sections = [
         "# Diagnostics",
-        f"{runs}. {text['documents']} documents, {text['positions']:,} positions, {text['targets']:,} targets.",
+        f"{runs}. {_seeds(facts)}{text['documents']} documents, {text['positions']:,} positions, "
+        f"{text['targets']:,} targets.",
         _table("nats per token at positions", found.bands, bands, reference),
         _table("perplexity of the first tokens", perplexity, lengths, f"{reference}, %"),
         _table("nats per token by distance", found.recalled, _distances(found.recalled), reference),
@@ -133,6 +151,10 @@ def tables(found: Comparison, facts: dict[str, Any]) -> str:
         score = f"loss at {a} to {b - 1}, less at {c} to {d - 1}"
         sections.append(_table("in-context-learning score", found.in_context, [score], reference))
     return "\n\n".join(sections) + "\n"
+
+
+def _seeds(facts: dict[str, Any]) -> str:
+    return f"Seeds {', '.join(str(of_arms[0]) for of_arms in facts['seeds'])}. " if "seeds" in facts else ""
 
 
 def _distances(recalled: Quantity) -> list[str]:

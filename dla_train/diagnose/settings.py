@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from dla_train.config import CHOICES, ConfigError
 from dla_train.hydra_app import settings_of_words
@@ -17,6 +17,9 @@ class DiagnoseConfig:
     """Run folders, FOLDER or FOLDER@STEP (default: the newest checkpoint); differences are against the first."""
     names: list[str] = field(default_factory=list)
     """Labels of the runs; empty takes the runs' own names."""
+    seeds: list[str] = field(default_factory=list)
+    """In place of runs: outputs of earlier comparisons, each of the same arms trained with another seed; intervals are
+    then over seeds."""
     data: list[str] = field(default_factory=list)
     """Prefixes of token files to read; empty takes data.validation of the first run."""
     output: str = "diagnostics"
@@ -60,7 +63,9 @@ def read_settings(words: Sequence[str]) -> DiagnoseConfig:
 
 def _check(settings: DiagnoseConfig) -> None:
     given = settings.runs
-    if len(given) < 2:
+    if settings.seeds:
+        _check_seeds(settings)
+    elif len(given) < 2:
         raise ConfigError(f"runs={given} names {len(given)} runs, a comparison needs two; write runs=[FOLDER,FOLDER]")
     if settings.names and (len(settings.names) != len(given) or len(set(settings.names)) < len(given)):
         raise ConfigError(f"names={settings.names} must be {len(given)} different names, one for each of runs")
@@ -72,3 +77,12 @@ def _check(settings: DiagnoseConfig) -> None:
     for key, choices in (("device", CHOICES["train.device"]), ("dtype", ("", *CHOICES["train.dtype"]))):
         if getattr(settings, key) not in choices:
             raise ConfigError(f"{key}={getattr(settings, key)} is not one of {', '.join(filter(None, choices))}")
+
+
+def _check_seeds(settings: DiagnoseConfig) -> None:
+    if len(settings.seeds) < 2:
+        raise ConfigError(f"seeds={settings.seeds} names one comparison; give those of two seeds or more")
+    used, default = ("seeds", "output", "confidence"), DiagnoseConfig()
+    for item in fields(settings):
+        if item.name not in used and getattr(settings, item.name) != getattr(default, item.name):
+            raise ConfigError(f"{item.name} is not used with seeds, which reads what was compared before; leave it out")
