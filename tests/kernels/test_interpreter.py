@@ -1,5 +1,6 @@
 """What tests/interpreter.py replaces in Triton's interpreter gives the same numbers, bit for bit."""
 
+import dataclasses
 import importlib
 import sys
 
@@ -86,6 +87,25 @@ def test_types_of_numbers_are_those_of_the_table(original, dtype):
     for of in (dtype, tl.block_type(dtype, [4])):
         assert interpreter._get_np_dtype(of) == original._get_np_dtype(of)
         assert interpreter._get_np_dtype(of) is interpreter._get_np_dtype(of)
+
+
+@triton.jit
+def _sum(p_left, p_right, p_out):
+    o_x = tl.arange(0, 4)
+    tl.store(p_out + o_x, tl.load(p_left + o_x) + tl.load(p_right + o_x))
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_sums_that_overflow_wrap_as_they_do_without_debugging(monkeypatch, looked_at):
+    """The interpreter computes whether they overflow, and asserts it only where its option `debug` is set."""
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=looked_at))
+    left, right = torch.tensor([[2**31 - 1, -(2**31), 5, 0], [1, -1, -7, 0]], dtype=torch.int32)
+    found = torch.zeros(4, dtype=torch.int32)
+    with np.errstate(over="ignore"):
+        _sum[(1,)](left, right, found)
+    assert found.tolist() == [-(2**31), 2**31 - 1, -2, 0]
 
 
 def test_the_tests_of_kernels_run_hastened():
