@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from dla_train.generate import Sampling, generate
 from dla_train.hydra_app import compose
 from dla_train.inspect_memory.history import inspect_text
 from dla_train.inspect_memory.merge_map import plot_merge_map
+from dla_train.run_process import exit_code
 
 PROMPT = "def parse_arguments(self, "
 MAP_CHARACTERS = 1200
@@ -42,7 +42,8 @@ HELD_OUT_BATCHES = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 2 after a mistake that was explained, or the exit status of the training."""
+    """The command line; returns 0, 2 after a mistake that was explained, 130 after Ctrl-C outside the training, or the
+    exit status of the training."""
     parser = argparse.ArgumentParser(prog="python -m dla_train.quickstart", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="settings of the training run, e.g. train.steps=60")
     overrides = ["experiment=quickstart", *parser.parse_args(arguments).overrides]
@@ -51,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError, PrepareError, CheckpointError) as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("quickstart: stopped; finished parts are kept, and the same command goes on", file=sys.stderr)
+        return 130
 
 
 def quickstart(overrides: list[str]) -> int:
@@ -89,9 +93,9 @@ def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def _train(overrides: list[str], stop: int) -> int:
     """Train up to step `stop` in a process of its own, as a user would; its exit status."""
-    command = [sys.executable, "-m", "dla_train.train", *overrides, f"train.stop_at_step={stop}"]
-    print("$ " + " ".join(["python", *command[1:]]), flush=True)
-    return subprocess.run(command, check=False).returncode
+    words = [*overrides, f"train.stop_at_step={stop}"]
+    print("$ dla-train " + " ".join(words), flush=True)
+    return exit_code(words, 1)
 
 
 def _sources(config: Config) -> tuple[DataSources, HeldOutSource]:

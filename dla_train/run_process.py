@@ -1,6 +1,7 @@
 """A run as a process of its own, for programs that start runs: its command, its environment, and waiting for its end.
 
-`dla-sweep` watches such processes side by side, a point of Hydra's multirun (multirun.py) waits for one.
+`dla-sweep` watches such processes side by side; a point of Hydra's multirun (multirun.py) and the quickstart each wait
+for one.
 """
 
 from __future__ import annotations
@@ -43,10 +44,17 @@ def environment() -> dict[str, str]:
 
 
 def run_to_end(words: Sequence[str], ranks: int, run_dir: str) -> None:
-    """Train a point in a process of its own. Raises PointError if it does not finish.
+    """Train a point in a process of its own, as `exit_code` does. Raises PointError if it does not finish."""
+    code = exit_code(words, ranks)
+    if code:
+        raise PointError(f"{run_dir} ended with exit code {code}")
+
+
+def exit_code(words: Sequence[str], ranks: int) -> int:
+    """Train in a process of its own; how that ended.
 
     SIGTERM, SIGINT and SIGUSR1 are handed on; the run is saved, and this process ends with the run's exit code, so that
-    no other point begins.
+    nothing that would follow begins.
     """
     asked: list[int] = []
     # SIGUSR2 is how submitit hears of a time limit; SLURM sends it to every process, and it would kill the run
@@ -65,5 +73,4 @@ def run_to_end(words: Sequence[str], ranks: int, run_dir: str) -> None:
             signal.signal(number, handler)
     if asked:
         sys.exit(code if code >= 0 else 128 - code)
-    if code:
-        raise PointError(f"{run_dir} ended with exit code {code}")
+    return code

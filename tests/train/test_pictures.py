@@ -69,6 +69,15 @@ def test_the_quickstart_explains_a_mistake(capsys):
     assert "train.steps" in capsys.readouterr().err
 
 
+def test_a_quickstart_that_is_interrupted_says_that_it_goes_on(monkeypatch, capsys):
+    def interrupted(overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dla_train.quickstart.quickstart", interrupted)
+    assert quickstart([]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_quickstart_goes_from_nothing_to_pictures_and_again_in_a_moment(tmp_path):
     """The whole of `make quickstart` on its own corpus, with a few short steps; then again: everything is kept."""
