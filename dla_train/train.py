@@ -149,6 +149,7 @@ class Run:
         self.sources.train.close()
         state = "stopped" if ended.stopped_by else "finished"
         self._say(state, ended.step, STOPPED if ended.stopped_by else FINISHED, ended.stopped_by)
+        logger.info("%s", _ending(config, ended))
         return TrainResult(ended.step, ended.loss, ended.validation, ended.stopped_by)
 
     def _loop(
@@ -260,6 +261,18 @@ def _headline(config: Config, mesh: Mesh, parameters: int, done: int) -> str:
         f"engine {config.engine.name}, {mesh.size} rank(s) on {mesh.device.type}, {config.train.steps} steps, "
         f"{Path(config.run_dir)}{_cache_line(config, mesh)}"
     )
+
+
+def _ending(config: Config, ended: LoopResult) -> str:
+    """Whether there is more to do, for who finds nothing but a progress bar that has ended."""
+    steps = config.train.steps
+    if ended.stopped_by:
+        how = f"was stopped by {ended.stopped_by} after step {ended.step} of {steps}; the same command goes on"
+    elif ended.step < steps:
+        how = f"has done train.stop_at_step={ended.step} of {steps} steps; without that setting it goes on"
+    else:
+        how = f"has done all {steps} steps"
+    return f"{config.name} {how} (saved in {config.run_dir})"
 
 
 def _cache_line(config: Config, mesh: Mesh) -> str:

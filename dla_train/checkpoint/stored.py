@@ -98,7 +98,8 @@ def open_step(run_dir: str | Path, step: int | None = None) -> tuple[StoredCheck
     found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(root)}
     usable = [number for number, checkpoint in found.items() if checkpoint.fault is None]
     if not found:
-        raise CheckpointError(f"{root} holds no complete checkpoint; train first, or check the path")
+        absent = "" if root.parent.exists() else f": there is no folder {root.parent.absolute()}"
+        raise CheckpointError(f"{root} holds no complete checkpoint; train first, or check the path{absent}")
     if step is not None and step not in found:
         raise CheckpointError(f"{root} has no checkpoint of step {step}; choose from {', '.join(map(str, usable))}")
     chosen = found[step if step is not None else max(usable, default=max(found))]

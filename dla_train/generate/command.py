@@ -127,21 +127,22 @@ def _run(options: argparse.Namespace) -> None:
         on_token=output.take,
         on_prompt=show_memory if options.show_memory else None,
     )
-    output.finish(result)
+    if options.max_new_tokens or options.json:  # a long prompt would push the memory it left out of sight
+        output.finish(result)
     name = f"{config.model.name} x {config.memory.policy}, step {step}"
     print(f"[{name}: {_account(result, len(prompts))}]", file=sys.stderr)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     """Every prompt that was given, in the order of the options. Raises GenerationError for an empty one."""
-    texts = list(options.prompt) + [_read(name) for name in options.prompt_file]
+    texts = list(options.prompt) + [_read(name, "--prompt-file") for name in options.prompt_file]
     if options.prompts is not None:
-        lines = [line for line in _read(options.prompts).splitlines() if line.strip()]
+        lines = [line for line in _read(options.prompts, "--prompts").splitlines() if line.strip()]
         if not lines:
             raise GenerationError(f"--prompts={options.prompts} has no lines; write a prompt on each")
         texts += [_unescaped(line) for line in lines]
     elif not texts:
-        texts = [_read("-")]
+        texts = [_read("-", "standard input")]
     empty = next((number for number, text in enumerate(texts) if not text), None)
     if empty is not None:
         which = f"prompt {empty}" if len(texts) > 1 else "the prompt"
@@ -149,11 +150,17 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return texts
 
 
-def _read(name: str) -> str:
+def _read(name: str, option: str) -> str:
     try:
         return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise GenerationError(
+            f"{option}={name} cannot be read: {error.strerror}; give a file that holds text"
+        ) from error
     except UnicodeDecodeError as error:
-        raise GenerationError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise GenerationError(
+            f"{option}={name} is not UTF-8 text ({error.reason} at byte {error.start}); `iconv -t UTF-8` converts it"
+        ) from error
 
 
 def _unescaped(text: str) -> str:

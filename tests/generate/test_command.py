@@ -94,7 +94,7 @@ def test_one_prompt_is_written_as_it_is_made(run, monkeypatch):
 def test_the_memory_of_the_prompt_is_shown_and_nothing_need_be_generated(run, capsys):
     assert run("--prompt", "abcdefgh", "--max-new-tokens", "0", "--show-memory", "1.2") == 0
     captured = capsys.readouterr()
-    assert captured.out == "abcdefgh\n"
+    assert captured.out == "", "the prompt is not repeated where nothing follows it"
     assert captured.err.count("layer 1, head 2") == 1 and "layer 0" not in captured.err and "(open)" in captured.err
     assert run("--prompt", "ab", "--prompt", "cab", "--max-new-tokens", "1", "--show-memory") == 0
     assert capsys.readouterr().err.count("layer 0, head 0") == 2
@@ -115,7 +115,7 @@ def test_the_memory_of_the_prompt_is_shown_and_nothing_need_be_generated(run, ca
         (["--prompt", "a", "--stop", ""], "stop string is empty"),
         (["--prompt", "a", "--show-memory", "x"], "--show-memory=x is not LAYER"),
         (["--prompt", "a", "--show-memory", "5"], "layer 5 does not exist"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt-file", "nowhere.txt"], "--prompt-file=nowhere.txt cannot be read: No such file"),
         (["--prompts", "-"], "has no lines"),
     ],
 )

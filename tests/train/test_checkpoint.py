@@ -43,6 +43,7 @@ def test_a_run_resumed_in_a_new_process_equals_the_whole_run_bit_for_bit(
     done = run_python(["-m", "dla_train.train", *overrides])
     assert done.returncode == 0, done.stderr
     assert "continues after step 3" in done.stderr
+    assert "has done train.stop_at_step=7 of 8 steps; without that setting it goes on" in done.stderr
     train(tiny("memory=dla_rate"))
     assert numbers_of(tmp_path / "run", *names) == numbers_of(tmp_path / "whole", *names)
     whole, resumed = tensors_of(tmp_path / "whole", 8), tensors_of(tmp_path / "run", 8)
@@ -296,3 +297,5 @@ def test_a_model_is_not_loaded_from_damaged_weights(tiny: MakeConfig, tmp_path: 
 def test_loading_from_nowhere_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no folder /.*/misspelt$"):
+        load_model(tmp_path / "misspelt")
