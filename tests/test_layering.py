@@ -37,7 +37,7 @@ DOORS = {  # third party: path prefixes that may import it
     "triton": ("kernels/dla_kernels/",),
     "megatron": ("dla_train/parallel/", "dla_train/data/", "dla_train/bench/data.py"),
     "deepspeed": ("dla_train/engine/",),
-    "transformers": ("dla_train/data/tokenizer.py", "dla_train/huggingface/", "dla_train/evaluate/"),
+    "transformers": ("dla_train/data/tokenizer.py", "dla_train/huggingface/"),
     "optuna": ("dla_train/sweep/",),
     "lm_eval": ("dla_train/harness/",),
 }
