@@ -31,7 +31,7 @@ def text_sources(paths: Sequence[str | Path], options: SourceOptions | None = No
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise PrepareError(f"{path} does not exist")
+            raise PrepareError(f"{path} does not exist; name text, .jsonl or .parquet files, or folders of them")
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
         if not found:
             raise PrepareError(f"{path} holds no {', '.join(TEXT_SUFFIXES)}, .jsonl or .parquet file")

@@ -47,7 +47,7 @@ def open_arms(settings: DiagnoseConfig) -> list[Arm]:
         run, step = _run_and_step(place)
         checkpoint, chosen = open_step(run, step)
         found.append((run, chosen, stored_config(checkpoint), checkpoint.sha256))
-    names = settings.names or _names([(config.name, step) for _, step, config, _ in found])
+    names = settings.names or _names([(config.name, run.absolute().name, step) for run, step, config, _ in found])
     return [Arm(name, *arm) for name, arm in zip(names, found, strict=True)]
 
 
@@ -58,11 +58,15 @@ def _run_and_step(place: str) -> tuple[Path, int | None]:
     return Path(place), None
 
 
-def _names(runs: Sequence[tuple[str, int]]) -> list[str]:
-    """Run names, with the step where they are not different, and a number where that does not help."""
-    names = [name for name, _ in runs]
-    if len(set(names)) < len(names):
-        names = [f"{name}@{step}" for name, step in runs]
+def _names(runs: Sequence[tuple[str, str, int]]) -> list[str]:
+    """Of (run's name, its folder's, step): the first of these that tells all apart, and a number where none does."""
+    choices = (
+        [name for name, _, _ in runs],
+        [folder for _, folder, _ in runs],
+        [f"{name}@{step}" for name, _, step in runs],
+        [f"{folder}@{step}" for _, folder, step in runs],
+    )
+    names = next((names for names in choices if len(set(names)) == len(names)), choices[-1])
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 

@@ -16,7 +16,7 @@ class DiagnoseConfig:
     runs: list[str] = field(default_factory=list)
     """Run folders, FOLDER or FOLDER@STEP (default: the newest checkpoint); differences are against the first."""
     names: list[str] = field(default_factory=list)
-    """Labels of the runs; empty takes the runs' own names."""
+    """Labels of the runs; empty takes the runs' own names, or their folders' where runs have one name."""
     seeds: list[str] = field(default_factory=list)
     """In place of runs: outputs of earlier comparisons, each of the same arms trained with another seed; intervals are
     then over seeds."""

@@ -23,7 +23,7 @@ from dla_train.huggingface.export import summary
 from dla_train.huggingface.foreign import Source
 from dla_train.huggingface.verify import BOUNDS, Verified, source_logits, whole_logits
 from dla_train.huggingface.writing import SHARD_BYTES, Content, write_folder
-from dla_train.hydra_app import compose
+from dla_train.hydra_app import MISTAKE, compose
 from dla_train.models.init import initial_value
 from dla_train.models.language_model import LanguageModel
 
@@ -118,7 +118,7 @@ def _difference(source: Path, content: Content) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry."""
+    """Console entry; SystemExit 2 after a mistake that was explained."""
     parser = argparse.ArgumentParser(
         prog="dla-import",
         description="Make a model folder of a published Mamba-2 or Gated DeltaNet checkpoint.",
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--tokenizer", type=Path, help="sentencepiece model or tokenizer folder, if not the source's own"
     )
     parser.add_argument("--dtype", choices=sorted(BOUNDS), default="float32", help="of matrices; vectors stay float32")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # settings may stand behind the options
     try:
         strange = [override for override in options.overrides if not override.startswith("memory")]
         if strange:
@@ -147,8 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
             tokenizer=options.tokenizer,
             dtype=options.dtype,
         )
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"dla-import: {error}") from error
+    except (ValueError, OSError) as error:
+        parser.exit(MISTAKE, f"dla-import: error: {error}\n")
     print(_report(options.output, made, options.dtype))
     if made.from_source is None:
         print("  not compared with the source: transformers alone cannot compute it", file=sys.stderr)

@@ -10,6 +10,7 @@ from dla_train.evaluate.loading import load_model
 from dla_train.huggingface.errors import FolderError
 from dla_train.huggingface.verify import BOUNDS, Verified
 from dla_train.huggingface.writing import SHARD_BYTES, Content, write_folder
+from dla_train.hydra_app import MISTAKE
 
 
 def export_run(
@@ -40,7 +41,7 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry."""
+    """Console entry; SystemExit 2 after a mistake that was explained."""
     parser = argparse.ArgumentParser(
         prog="dla-export",
         description="Write a run's model as a Hugging Face folder.",
@@ -61,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
             dtype=options.dtype,
             shard_bytes=int(options.shard_gigabytes * 1e9),
         )
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"dla-export: {error}") from error
+    except (ValueError, OSError) as error:
+        parser.exit(MISTAKE, f"dla-export: error: {error}\n")
     print(f"{options.output}: step {step} in {options.dtype}\n{summary(verified, options.dtype)}")
 
 

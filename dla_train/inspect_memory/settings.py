@@ -62,11 +62,15 @@ def read_settings(words: Sequence[str]) -> InspectConfig:
 
 
 def read_text(settings: InspectConfig) -> str:
-    """The text of the command line, a file or standard input. Raises ConfigError, OSError."""
+    """The text of the command line, a file or standard input. Raises ConfigError."""
     if settings.text:
         return settings.text
-    raw = sys.stdin.buffer.read() if settings.file == STANDARD_INPUT else Path(settings.file).read_bytes()
     try:
+        raw = sys.stdin.buffer.read() if settings.file == STANDARD_INPUT else Path(settings.file).read_bytes()
         return raw.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"file={settings.file} cannot be read: {error.strerror}; give a file that holds text"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"file={settings.file} is not UTF-8 (byte {error.start}); convert it first") from error

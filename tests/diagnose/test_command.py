@@ -88,6 +88,7 @@ def test_a_checkpoint_against_itself_differs_by_exactly_zero_and_against_an_earl
 def test_names_are_made_different(runs, tmp_path):
     report = diagnose(tmp_path, [f"{runs}/dla", f"{runs}/dla@2", f"{runs}/dla@4"])
     assert [arm["name"] for arm in report["arms"]] == ["dla@4 (1)", "dla@2", "dla@4 (3)"]
+    assert arms._names([("quickstart", "single", 200), ("quickstart", "run", 200)]) == ["single", "run"]
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def test_text_comes_from_a_file_and_from_standard_input(run, tmp_path, monkeypat
         (["run={0}", "text=a", "file=b"], "text and file are both given"),
         (["run={0}", "file={0}/absent"], "absent"),
         (["run={0}", "file={0}/latin"], "is not UTF-8 (byte 2)"),
+        (["run={0}", "file={0}/nowhere"], "nowhere cannot be read: No such file"),
         (["run={0}/nowhere", "text=a"], "nowhere"),
         (["run={0}", "text=a", "step=3"], "no checkpoint of step 3; choose from 2, 4"),
         (["run={0}", "text=a", "step=-1"], "step=-1 is below 0"),
