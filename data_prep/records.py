@@ -222,7 +222,7 @@ def _json_object(line: str, record: Record) -> dict[str, Any]:
 
 def _field(fields: dict[str, Any], name: str, record: Record) -> Any:
     if name not in fields:
-        rule = f"has no field {name!r} but {sorted(fields)[:20]}; choose another field"
+        rule = f"has no field {name!r} but {sorted(fields)[:20]}; choose another field (--text-field, --language-field)"
         raise RecordError("no_field", f"{place(record)} {rule}, or {_SKIP}")
     return fields[name]
 

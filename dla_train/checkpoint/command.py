@@ -125,13 +125,11 @@ SHOWN_SETTINGS = (
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if options.step is None:
-        chosen = _found(options.run)
-    else:
-        chosen = [one for one in _found(options.run) if one.step == options.step]
+    found = _found(options.run)
+    chosen = [one for one in found if options.step in (None, one.step)]
     if not chosen:
-        wanted = "complete checkpoint" if options.step is None else f"checkpoint of step {options.step}"
-        raise CheckpointError(f"{_root(options.run)} holds no {wanted}")
+        there = f" of step {options.step}; choose from {', '.join(str(one.step) for one in found)}" if found else ""
+        raise CheckpointError(f"{_root(options.run)} holds no complete checkpoint{there}")
     damaged = 0
     for one in chosen:
         fault = _check(one)

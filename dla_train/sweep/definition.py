@@ -195,7 +195,10 @@ def _set(values: dict[str, Any], word: str) -> None:
         parsed = OverridesParser.create().parse_override(word)
         value: Any = parsed.value()
     except HydraException as error:
-        raise ConfigError(f"sweep.{word}: {str(error).splitlines()[0]}; write sweep.key=value") from error
+        raise ConfigError(
+            f"sweep.{word}: {str(error).splitlines()[0]}; write sweep.key=value, and settings inside a value in "
+            "quotes, as in sweep.baselines.frozen=['memory=dla_frozen'] (all of it in double quotes for the shell)"
+        ) from error
     if parsed.is_sweep_override():
         raise ConfigError(f"sweep.{word} gives several values; write a list in brackets")
     key = str(parsed.key_or_group)

@@ -67,7 +67,7 @@ def test_verify_hashes_everything_and_names_the_damaged_file(root: Path, capsys:
     assert run(capsys, "verify", root.parent, "--step", 3)[0] == 0
     assert run(capsys, "verify", root.parent, "--step", 2)[0] == 1
     code, _, err = run(capsys, "verify", root.parent, "--step", 9)
-    assert code == 2 and "holds no checkpoint of step 9" in err
+    assert code == 2 and "holds no complete checkpoint of step 9; choose from 1, 2, 3, 4" in err
 
 
 def test_prune_deletes_what_it_said_it_would_and_never_the_newest(root: Path, capsys: Capture) -> None:

@@ -39,6 +39,7 @@ def test_a_range_is_for_random_and_tpe(sweep) -> None:
         (["sweep.seeds=[1,1]"], "each once"),
         (["sweep.seeds=[]"], "at least one seed"),
         (["sweep.seeds=1,2"], "several values"),
+        (["sweep.baselines.b=[memory=single]"], "settings inside a value in quotes"),
         (["sweep.ranks=0"], "sweep.ranks=0 is below 1"),
         (["sweep.budget=3"], "not used by sweep.sampler=grid"),
         (["sweep.sampler=random"], "needs axes and sweep.budget"),
