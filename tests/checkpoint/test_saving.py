@@ -243,7 +243,9 @@ def save_and_lose_power(folder: Path, step: int, moment: int, patch: Patch) -> b
     return True
 
 
-@pytest.mark.parametrize("step", [2, 1], ids=["a later step", "the same step again"])
+@pytest.mark.parametrize(
+    "step", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["a later step", "the same step again"]
+)
 def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: Patch, step: int) -> None:
     """Before the commit the older one is resumed, after it the new one, and the next save finds a clean folder."""
     resumed = []

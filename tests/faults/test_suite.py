@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.train.runs import run_python
 
 
+@pytest.mark.slow
 def test_runs_that_are_hurt_end_as_those_that_nobody_hurt(tmp_path: Path) -> None:
     done = run_python(["-m", "tests.faults.suite", "--short", f"--output={tmp_path}"], timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]

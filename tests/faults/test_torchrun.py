@@ -40,7 +40,9 @@ def wait_for_step(run_dir: Path, step: int, job: subprocess.Popen[str]) -> None:
     pytest.fail(f"step {step} was not reached: {job.communicate()[0][-2000:]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_to_the_launcher_stops_and_saves_the_run_and_the_same_command_goes_on(
     corpus: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:

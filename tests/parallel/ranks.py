@@ -10,8 +10,9 @@ what the test compares, on the CPU. A test module names its checks and starts ea
     CHECKS = [Check("losses", tensor=2, sequence=True, arguments={"backbone": "mamba2"}), ...]
 
     @pytest.fixture(scope="module")
-    def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-        return run_on_ranks("tests.parallel.model_worker", CHECKS, 2, tmp_path_factory.mktemp("ranks"))
+    def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+        checks = chosen(CHECKS, request)  # those whose tests are to run: with `-k` or `-m` not all
+        return run_on_ranks("tests.parallel.model_worker", checks, 2, tmp_path_factory.mktemp("ranks"))
 
     def test_...(outcomes: Outcomes) -> None:
         by_rank = outcomes.of(CHECKS[0])  # [what rank 0 returned, what rank 1 returned]
@@ -28,7 +29,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -49,6 +52,18 @@ class Check:
     context: int = 1
     sequence: bool = False
     arguments: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+def chosen(checks: Sequence[Check], request: pytest.FixtureRequest) -> list[Check]:
+    """Those of `checks` that are the parameter `check` of a test of this module that was not deselected."""
+    items = [item for item in request.session.items if item.nodeid.split("::")[0] == request.node.nodeid]
+    asked = [item.callspec.params.get("check") for item in items if hasattr(item, "callspec")]
+    return [check for check in checks if check in asked]
+
+
+def slow_but(fast: Sequence[Check], checks: Sequence[Check]) -> list[Any]:
+    """`checks` as parameters of a test, each marked slow that is not among the `fast`."""
+    return [check if check in fast else pytest.param(check, marks=pytest.mark.slow) for check in checks]
 
 
 class Outcomes:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.parallel.ranks import Check, Outcomes, run_on_ranks
+from tests.parallel.ranks import Check, Outcomes, chosen, run_on_ranks, slow_but
 
 KINDS = [(b, p) for b in ("mamba2", "gated_deltanet") for p in ("single", "log_linear", "fixed", "dla")]
 KINDS.append(("attention", "none"))
@@ -79,6 +79,19 @@ POISONED = [
 POISONED += [Check("poisoned", tensor=2, arguments={"stage": stage, "weights": "bfloat16"}) for stage in STAGES]
 
 
+DECIDING = [check for kind in MAIN[:2] for check in checks_of(LAYOUTS[:1], [kind], [LOCAL])]
+"""The local engine on the kinds with a dynamic memory."""
+FAST = [
+    *DECIDING,
+    *in_turn(LAYOUTS, MAIN, [LOCAL, *STAGES]),
+    *in_turn(LAYOUTS[1:], MAIN[:1], STAGES, dtype="bfloat16", changes=BOTH),
+    *checks_of(LAYOUTS[2:3], MAIN[:1], [1], changes=SEGMENTS),
+    *STARTS[1::4],
+    *POISONED[::4],
+]
+"""Every layout with every kind, at one engine each, and one or two of all else: the others are slow."""
+
+
 def named(check: Check) -> str:
     """The layout, and what the check's arguments say."""
     a = check.arguments
@@ -88,18 +101,18 @@ def named(check: Check) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = tmp_path_factory.mktemp("training")
-    checks = [*FLOAT32, *BFLOAT16, *BUGS, *STARTS, *POISONED]
+    checks = chosen([*FLOAT32, *BFLOAT16, *BUGS, *STARTS, *POISONED], request)
     return run_on_ranks("tests.parallel.equal_training", checks, 2, folder, 900)
 
 
-@pytest.mark.parametrize("check", FLOAT32, ids=named)
+@pytest.mark.parametrize("check", slow_but(FAST, FLOAT32), ids=named)
 def test_two_ranks_train_as_one(outcomes: Outcomes, check: Check) -> None:
     assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
 
 
-@pytest.mark.parametrize("check", BFLOAT16, ids=named)
+@pytest.mark.parametrize("check", slow_but(FAST, BFLOAT16), ids=named)
 def test_two_ranks_train_as_one_in_bfloat16(outcomes: Outcomes, check: Check) -> None:
     assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
 
@@ -109,19 +122,18 @@ def test_a_planted_bug_is_found(outcomes: Outcomes, check: Check) -> None:
     assert all(result["differ"] for result in outcomes.of(check))
 
 
-@pytest.mark.parametrize("check", STARTS, ids=named)
+@pytest.mark.parametrize("check", slow_but(FAST, STARTS), ids=named)
 def test_every_layout_and_engine_starts_from_the_same_numbers(outcomes: Outcomes, check: Check) -> None:
     assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
 
 
-@pytest.mark.parametrize("check", POISONED, ids=named)
+@pytest.mark.parametrize("check", slow_but(FAST, POISONED), ids=named)
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(outcomes: Outcomes, check: Check) -> None:
     assert [result["differ"] for result in outcomes.of(check)] == ["", ""]
 
 
-def test_the_memories_of_these_runs_decide_both_ways(outcomes: Outcomes) -> None:
+@pytest.mark.parametrize("check", DECIDING, ids=named)
+def test_the_memories_of_these_runs_decide_both_ways(outcomes: Outcomes, check: Check) -> None:
     """A memory in which every token, or none, begins a slot would hide a decision that differs."""
-    for backbone in ("mamba2", "gated_deltanet"):
-        (check,) = checks_of(LAYOUTS[:1], [(backbone, "dla")], [LOCAL])
-        assert all(0.05 < float(result["boundary_rate"]) < 0.95 for result in outcomes.of(check))
-        assert all(float(result["live_slots"]) > 2 for result in outcomes.of(check))
+    assert all(0.05 < float(result["boundary_rate"]) < 0.95 for result in outcomes.of(check))
+    assert all(float(result["live_slots"]) > 2 for result in outcomes.of(check))

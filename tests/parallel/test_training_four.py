@@ -5,6 +5,8 @@ import pytest
 from tests.parallel.ranks import Check, Outcomes, run_on_ranks
 from tests.parallel.test_training import LOCAL, MAIN, OTHER, ROUNDED, STAGES, checks_of, in_turn, named
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = ({"tensor": 2}, {"tensor": 2, "context": 2})
 """The other ranks are data parallel."""
 MORE = ({"tensor": 2, "sequence": True}, {"tensor": 2, "context": 2, "sequence": True}, {"context": 2})

@@ -11,6 +11,8 @@ from dla_train.hydra_app import compose
 from dla_train.train import train
 from tests.train.runs import TINY, numbers_of, run_training, tensors_of
 
+pytestmark = pytest.mark.slow
+
 ENGINES = {"local": ["engine=local"]} | {
     f"zero{stage}": ["engine=deepspeed", f"engine.zero_stage={stage}"] for stage in range(4)
 }

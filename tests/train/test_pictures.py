@@ -79,6 +79,7 @@ def test_a_quickstart_that_is_interrupted_says_that_it_goes_on(monkeypatch, caps
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_quickstart_goes_from_nothing_to_pictures_and_again_in_a_moment(tmp_path):
     """The whole of `make quickstart` on its own corpus, with a few short steps; then again: everything is kept."""
     folder = tmp_path / "stdlib"

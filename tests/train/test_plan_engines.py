@@ -16,6 +16,8 @@ from tests.parallel.ranks import Check, Outcomes, Result, run_on_ranks
 from tests.train import engine_memory
 from tests.train.divided_memory import configuration
 
+pytestmark = pytest.mark.slow
+
 MODEL = ("model=mamba2_tiny", "memory=single", "model.vocab_size=512", "model.num_layers=4")
 BATCH = ("data.context_tokens=16", "train.micro_batch_rows=1")
 TWO, ONE = "train.global_batch_rows=4", "train.global_batch_rows=2"
