@@ -1,7 +1,7 @@
 """The command line's side of the configuration: Hydra composes YAML groups, this module makes a `Config` of them.
 
-Owns the registration of the schema, the search for the configs folder, and the sentences a user reads after a mistake.
-Hydra's own messages name its internals, so each is translated: the key, the nearest legal one, the mend; exit code 2.
+Owns the registration of the schema, the search for the configs folder, and exit code 2 after a mistake; what a user
+then reads is in config_sentences.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import dataclasses
 import difflib
 import functools
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,26 +19,14 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from dla_train.config import (
-    CheckpointConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    EngineConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ResilienceConfig,
-)
+from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
+from dla_train.config_sentences import GROUPS, explain, leaves, setting_names, unknown_setting
 from dla_train.group_choices import refuse_choices_without_effect
 from dla_train.initial_model import initial_setting
 from dla_train.run_process import PointError
@@ -54,20 +41,6 @@ MISTAKE = 2
 """Exit code after a mistake in the configuration, the data or the run directory."""
 FAILED = 1
 """Exit code after a multirun with points that failed."""
-
-GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "memory": MemoryConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "evaluation": EvaluationConfig,
-    "parallel": ParallelConfig,
-    "engine": EngineConfig,
-    "checkpoint": CheckpointConfig,
-    "resilience": ResilienceConfig,
-    "logging": LoggingConfig,
-}
-"""Hydra groups that fill one node of the configuration; `experiment` fills any."""
 
 
 @functools.cache
@@ -117,7 +90,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def _to_config(composed: DictConfig) -> Config:
     known = setting_names()
-    for key in _leaves(composed, ""):
+    for key in leaves(composed):
         if key not in known:
             raise ConfigError(unknown_setting(key))
     absent = OmegaConf.missing_keys(composed)
@@ -243,76 +216,3 @@ def _report(message: str, every_rank: bool = False) -> int:
     if rank == "0" or every_rank:
         print(f"dla-train: error: {message}" + ("" if rank == "0" else f" (rank {rank})"), file=sys.stderr)
     return MISTAKE
-
-
-@functools.cache
-def setting_names() -> tuple[str, ...]:
-    """Every legal dotted key, `model.width` and so on, in the order of the schema."""
-    return tuple(_leaves(OmegaConf.structured(Config), ""))
-
-
-def _leaves(node: DictConfig, prefix: str) -> Iterator[str]:
-    for key in node:
-        name = prefix + str(key)
-        child = MISSING if OmegaConf.is_missing(node, key) else node._get_node(key)
-        if isinstance(child, DictConfig):
-            yield from _leaves(child, f"{name}.")
-        else:
-            yield name
-
-
-def unknown_setting(key: str) -> str:
-    """The sentence about a key that is not in the schema, with the nearest one that is."""
-    names = setting_names()
-    near = difflib.get_close_matches(key, [*names, *GROUPS, "experiment"], n=1, cutoff=0.6)
-    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    meant = (same_leaf or near or [""])[0]
-    advice = f"did you mean {meant}?" if meant else "`dla-train --cfg job` prints every setting"
-    return f"{key} is not a setting; {advice}"
-
-
-def explain(
-    error: Exception, unknown: Callable[[str], str] = unknown_setting, listing: str = "dla-train --cfg job"
-) -> str:
-    """One sentence for an error of Hydra or OmegaConf: what was given, what is legal.
-
-    unknown: the sentence about a key that is not in the schema, listing: the command that prints every legal one; by
-    default of a training run.
-    """
-    for cause in _causes(error):
-        if isinstance(cause, ConfigError):  # of an interpolation
-            return str(cause)
-        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options is not None:
-            return _unknown_option(cause.missing_cfg_file, list(cause.options))
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
-            return unknown(str(cause.full_key))
-        if isinstance(cause, ValidationError) and cause.full_key:
-            return _wrong_type(cause)
-    if group := re.match(r"Could not override '(\w+)'", str(error)):  # with an option, where there is no such group
-        return unknown(group[1])
-    first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    return f"{first_line}; write overrides as key=value, `{listing}` prints every setting"
-
-
-def _unknown_option(wanted: str, options: list[str]) -> str:
-    group, _, option = wanted.rpartition("/")
-    plugin = option.partition("_")[0]
-    if group == "hydra/launcher" and plugin in ("joblib", "submitit"):
-        return f"hydra/launcher={option} needs the package hydra-{plugin}-launcher; pip install 'dla-train[sweep]'"
-    legal = [name for name in options if not name.startswith("base_")]
-    near = difflib.get_close_matches(option, legal, n=1, cutoff=0.5)
-    meant = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}={option} is not an option of the group {group}; {meant}choose from {', '.join(legal)}"
-
-
-def _wrong_type(error: ValidationError) -> str:
-    reason = str(error).splitlines()[0]
-    key: str = str(error.full_key)
-    return f"{key}: {reason[0].lower()}{reason[1:]}; give a value of the setting's type"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__

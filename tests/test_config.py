@@ -14,14 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dla_train.config import CHOICES, Config, ConfigError, ModelConfig
 from dla_train.config_rules import AT_LEAST, POSITIVE, SHARES, validate, value_at
-from dla_train.hydra_app import (
-    GROUPS,
-    compose,
-    config_directory,
-    config_from_dict,
-    run_application,
-    setting_names,
-)
+from dla_train.config_sentences import GROUPS, setting_names
+from dla_train.hydra_app import compose, config_directory, config_from_dict, run_application
 
 BASE = [
     "model=gated_deltanet_tiny",

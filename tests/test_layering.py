@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
     {"dla_kernels", "config", "intervals", "durable"},
     {"data_config", "evaluation_rules"},
-    {"config_rules", "group_choices", "initial_model", "start_clock", "run_process", "trackers"},
+    {"config_rules", "config_sentences", "group_choices", "initial_model", "start_clock", "run_process", "trackers"},
     {"hydra_app"},
     {"multirun"},
     {"parallel"},

@@ -11,7 +11,8 @@ from hydra.errors import MissingConfigException
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher
 
 from dla_train import multirun
-from dla_train.hydra_app import explain, run_application
+from dla_train.config_sentences import explain
+from dla_train.hydra_app import run_application
 from dla_train.multirun import fixed_keys, run_point
 from dla_train.resilience.exit_codes import read_status
 from tests.train.runs import TINY, numbers_of, run_python, write_corpus

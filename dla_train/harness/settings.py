@@ -17,8 +17,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
+from dla_train.config_sentences import explain
 from dla_train.harness.catalogue import TaskEntry, catalogue, task_entry
-from dla_train.hydra_app import config_directory, explain
+from dla_train.hydra_app import config_directory
 
 OF_THE_CHECKPOINT = ("model", "memory")
 """Groups of a run's settings that cannot be chosen for its checkpoint."""

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import Config, ConfigError, DataConfig, MemoryConfig, ModelConfig, OptimConfig, TrainConfig
 from dla_train.config_rules import validate
-from dla_train.hydra_app import explain
+from dla_train.config_sentences import explain
 from dla_train.recall.model import count_parameters
 from dla_train.recall.settings import StudyConfig
 from dla_train.recall.tasks.registry import build_task

@@ -18,7 +18,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
-from dla_train.hydra_app import config_directory, explain
+from dla_train.config_sentences import explain
+from dla_train.hydra_app import config_directory
 
 
 @dataclass

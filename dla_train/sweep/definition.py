@@ -19,7 +19,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
-from dla_train.hydra_app import GROUPS, config_directory, setting_names, unknown_setting
+from dla_train.config_sentences import GROUPS, setting_names, unknown_setting
+from dla_train.hydra_app import config_directory
 from dla_train.launch.settings import split
 
 Scalar = bool | int | float | str | None
