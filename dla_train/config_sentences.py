@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from hydra.errors import MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -43,6 +43,39 @@ GROUPS: dict[str, type] = {
 }
 """Hydra groups that fill one node of the configuration; `experiment` fills any."""
 
+USUAL_NAMES = {
+    "batch_size": "train.global_batch_rows",
+    "block_size": "data.context_tokens",
+    "context_length": "data.context_tokens",
+    "d_model": "model.width",
+    "global_batch_size": "train.global_batch_rows",
+    "grad_clip": "optim.clip_norm",
+    "gradient_checkpointing": "train.recompute",
+    "hidden_size": "model.width",
+    "intermediate_size": "model.mlp_width",
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.clip_norm",
+    "max_iters": "train.steps",
+    "max_seq_len": "data.context_tokens",
+    "max_steps": "train.steps",
+    "micro_batch_size": "train.micro_batch_rows",
+    "n_embd": "model.width",
+    "n_head": "model.num_heads",
+    "n_layer": "model.num_layers",
+    "n_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "num_hidden_layers": "model.num_layers",
+    "num_steps": "train.steps",
+    "output_dir": "run_dir",
+    "precision": "train.dtype",
+    "save_steps": "checkpoint.interval_steps",
+    "seq_len": "data.context_tokens",
+    "seq_length": "data.context_tokens",
+    "sequence_length": "data.context_tokens",
+    "vocab": "model.vocab_size",
+}
+"""What settings are called elsewhere, without their group, and what they are here."""
+
 
 @functools.cache
 def setting_names() -> tuple[str, ...]:
@@ -61,14 +94,24 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield name
 
 
-def unknown_setting(key: str) -> str:
-    """The sentence about a key that is not in the schema, with the nearest one that is."""
+def unknown_setting(key: str, options: Collection[str] = ()) -> str:
+    """The sentence about a key that is not in the schema, with the nearest one that is.
+
+    options: what the program takes beside settings.
+    """
+    group, _, leaf = key.rpartition(".")
     names = setting_names()
-    near = difflib.get_close_matches(key, [*names, *GROUPS, "experiment"], n=1, cutoff=0.6)
-    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    meant = (same_leaf or near or [""])[0]
-    advice = f"did you mean {meant}?" if meant else "`dla-train --cfg job` prints every setting"
-    return f"{key} is not a setting; {advice}"
+    of_group = {name.rpartition(".")[2]: name for name in names if group and name.startswith(f"{group}.")}
+    same_leaf = [name for name in names if name.rpartition(".")[2] == leaf]
+    if of_group:
+        near = [of_group[name] for name in difflib.get_close_matches(leaf, of_group, n=1)]
+        rest = f"{group} has {', '.join(of_group)}"
+    else:
+        near = difflib.get_close_matches(key, [*options, *names, *GROUPS, "experiment"], n=1)
+        rest = "`dla-train --cfg job` prints every setting"
+    usual = [USUAL_NAMES[leaf]] if leaf in USUAL_NAMES else []
+    meant = [*same_leaf, *usual, *near]
+    return f"{key} is not a setting; " + (f"did you mean {meant[0]}?" if meant else rest)
 
 
 def explain(

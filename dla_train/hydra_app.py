@@ -68,8 +68,11 @@ def _config_folders() -> list[Path]:
     return [Path(source.path) for source in sources if source.schema == "file"]
 
 
-def compose(overrides: list[str]) -> Config:
-    """The configuration of a command line, e.g. `["experiment=quickstart"]`, unchecked. Raises ConfigError."""
+def compose(overrides: list[str], options: Collection[str] = ()) -> Config:
+    """The configuration of a command line, e.g. `["experiment=quickstart"]`, unchecked. Raises ConfigError.
+
+    options: what the program takes beside settings, for who misspells one.
+    """
     register_schema()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
         try:
@@ -77,7 +80,8 @@ def compose(overrides: list[str]) -> Config:
             refuse_choices_without_effect(overrides, composed, GROUPS, [config_directory()])
             return to_config(composed)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error)) from error
+            unknown = functools.partial(unknown_setting, options=options)
+            raise ConfigError(explain(error, unknown)) from error
 
 
 def to_config(composed: DictConfig) -> Config:

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from dla_train.config import CHOICES, Config, ConfigError, ModelConfig
 from dla_train.config_rules import AT_LEAST, POSITIVE, SHARES, validate, value_at
-from dla_train.config_sentences import GROUPS, setting_names
+from dla_train.config_sentences import GROUPS, USUAL_NAMES, setting_names
 from dla_train.hydra_app import compose, config_directory, config_from_dict, run_application
 
 BASE = [
@@ -268,6 +268,12 @@ def test_every_rule_table_names_real_settings() -> None:
     assert {*AT_LEAST, *POSITIVE, *SHARES, *CHOICES} <= set(setting_names())
 
 
+def test_usual_names_stand_for_real_settings_and_are_none() -> None:
+    names = setting_names()
+    assert set(USUAL_NAMES.values()) <= set(names)
+    assert not {*USUAL_NAMES} & {name.rpartition(".")[2] for name in names}
+
+
 # ---- the shipped configurations ----
 
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
@@ -397,6 +403,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, list[Con
 MISTAKES = {
     "misspelt key": (["train.stpes=4"], ["train.stpes", "did you mean train.steps?"]),
     "key without its group": (["lr=1e-3"], ["lr is not a setting", "optim.lr"]),
+    "a name of other frameworks": (["optim.learning_rate=1"], ["optim.learning_rate", "did you mean optim.lr?"]),
+    "a name of other frameworks alone": (["batch_size=8"], ["did you mean train.global_batch_rows?"]),
+    "misspelt key of a group": (["optim.warmup=8"], ["did you mean optim.warmup_steps?"]),
+    "nothing near in the group": (["optim.nesterov=true"], ["optim has lr, beta1, beta2", "final_lr_ratio"]),
     "misspelt group": (["modle=mamba2_tiny"], ["modle", "did you mean model?"]),
     "unknown key added by force": (["+train.stpes=4"], ["train.stpes", "train.steps"]),
     "unknown top-level key": (["+colour=red"], ["colour is not a setting"]),

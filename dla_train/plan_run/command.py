@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> int:
             raise ConfigError(f"layouts= plans the paper's models and takes no settings; leave out {overrides[0]}")
         write_worked(Path(options["layouts"]), target)
         return 0
-    config = compose(overrides)
+    config = compose(overrides, OPTIONS)
     planned = plan(config, Layout.of(config, target.world_size), target)
     print(report(planned), end="")
     if "json" in options:

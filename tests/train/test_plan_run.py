@@ -151,7 +151,7 @@ def test_the_command_prints_a_plan_writes_json_and_starts_nothing(
         (["experiment=paper_mamba2_780m_dla", "world_size=12"], 1, "  no  train.global_batch_rows=256"),
         (["experiment=paper_mamba2_780m_dla", "device_gb=10"], 1, "does not fit 10 GB"),
         (["experiment=paper_mamba2"], 2, "dla-plan: error: experiment=paper_mamba2 is not an option"),
-        (["experiment=quickstart", "wrold_size=8"], 2, "dla-plan: error: "),
+        (["experiment=quickstart", "world=8"], 2, "dla-plan: error: world is not a setting; did you mean world_size?"),
         (["experiment=quickstart", "mfu=high"], 2, "mfu=high is not a number"),
         (["experiment=quickstart", "mfu=1.5"], 2, "mfu=1.5 lies outside (0, 1]"),
         (["experiment=quickstart", "device=tpu"], 2, "device=tpu is not one of the choices; choose from cuda, cpu"),
