@@ -10,9 +10,9 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterator
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dla_train.config import (
     CheckpointConfig,
@@ -114,13 +114,42 @@ def unknown_setting(key: str, options: Collection[str] = ()) -> str:
     return f"{key} is not a setting; " + (f"did you mean {meant[0]}?" if meant else rest)
 
 
+def unreadable(word: str, listing: str) -> str:
+    """The sentence about a word that Hydra's grammar does not read; listing: the command that prints every setting."""
+    if flag := re.match(r"--(\w[^=]*)=?(.*)", word, re.DOTALL):
+        return f"{word}: write {flag[1]}={flag[2] or 'VALUE'}, without --; `{listing}` prints every setting"
+    if any(word.count(opening) != word.count(closing) for opening, closing in ("[]", "{}", "()")):
+        return f"{word} has half of a pair of brackets; quote the whole word, or leave no space inside brackets"
+    return f"{word} cannot be read; write key=value; `{listing}` prints every setting"
+
+
+def several_values(word: str, multirun: bool) -> str:
+    """The sentence about a word such as `optim.lr=1,2` where one value is taken; multirun: whether there is one."""
+    key, _, value = word.partition("=")
+    each = "add --multirun to run each, " if multirun else ""
+    one = f"quote it for one value, \"{key}='{value}'\""
+    return f"{word} gives several values; {each}write {key}=[{value}] for a list, or {one}"
+
+
+def wrong_value(word: str, error: OmegaConfBaseException) -> str:
+    """The sentence about a word, or a key alone, whose value has not the setting's type."""
+    key, _, value = word.partition("=")
+    reason = str(error).splitlines()[0].rstrip(".")
+    if value and "is not a ListConfig" in reason:
+        return f"{word} is not a list; write {key}=[{value}]"
+    return f"{key}: {reason[0].lower()}{reason[1:]}; give a value of the setting's type"
+
+
 def explain(
-    error: Exception, unknown: Callable[[str], str] = unknown_setting, listing: str = "dla-train --cfg job"
+    error: Exception,
+    unknown: Callable[[str], str] = unknown_setting,
+    listing: str = "dla-train --cfg job",
+    multirun: bool = False,
 ) -> str:
     """One sentence for an error of Hydra or OmegaConf: what was given, what is legal.
 
     unknown: the sentence about a key that is not in the schema, listing: the command that prints every legal one; by
-    default of a training run.
+    default of a training run. multirun: whether the program takes --multirun.
     """
     for cause in _causes(error):
         if isinstance(cause, ConfigError):  # of an interpolation
@@ -130,7 +159,12 @@ def explain(
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
             return unknown(str(cause.full_key))
         if isinstance(cause, ValidationError) and cause.full_key:
-            return _wrong_type(cause)
+            given = re.match(r"Error merging override \+*(.+)", str(error))
+            return wrong_value(given[1] if given else str(cause.full_key), cause)
+        if isinstance(cause, OverrideParseException):
+            return unreadable(cause.override, listing)
+    if swept := re.match(r"Ambiguous value for argument '(.+)'", str(error)):
+        return several_values(swept[1], multirun)
     if group := re.match(r"Could not override '(\w+)'", str(error)):  # with an option, where there is no such group
         return unknown(group[1])
     first_line = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
@@ -146,12 +180,6 @@ def _unknown_option(wanted: str, options: list[str]) -> str:
     near = difflib.get_close_matches(option, legal, n=1, cutoff=0.5)
     meant = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group}={option} is not an option of the group {group}; {meant}choose from {', '.join(legal)}"
-
-
-def _wrong_type(error: ValidationError) -> str:
-    reason = str(error).splitlines()[0]
-    key: str = str(error.full_key)
-    return f"{key}: {reason[0].lower()}{reason[1:]}; give a value of the setting's type"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

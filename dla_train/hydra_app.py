@@ -26,7 +26,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import validate
-from dla_train.config_sentences import GROUPS, explain, leaves, setting_names, unknown_setting
+from dla_train.config_sentences import (
+    GROUPS,
+    USUAL_NAMES,
+    explain,
+    leaves,
+    setting_names,
+    several_values,
+    unknown_setting,
+    unreadable,
+    wrong_value,
+)
 from dla_train.group_choices import refuse_choices_without_effect
 from dla_train.initial_model import initial_setting
 from dla_train.run_process import PointError
@@ -130,31 +140,32 @@ def settings_of_words(
     verbatim: keys whose value is everything after the `=`, for text in which brackets and commas mean nothing.
     """
     known = [item.name for item in dataclasses.fields(schema)]
-    values: dict[str, Any] = {}
+    composed = OmegaConf.structured(schema)
     for word in words:
         key, _, value = word.partition("=")
         if key not in verbatim:
-            key, value = _parsed(word)
+            key, value = _parsed(word, program)
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
             raise ConfigError(f"{key} is not a setting of {program}; {advice}")
-        values[key] = value
-    try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{error.full_key or error.key}: {reason}; give a value of its type") from error
+        try:
+            composed[key] = value
+        except OmegaConfBaseException as error:
+            raise ConfigError(wrong_value(word, error)) from error
+    settings = OmegaConf.to_object(composed)
     assert isinstance(settings, schema)
     return settings
 
 
-def _parsed(word: str) -> tuple[str, Any]:
+def _parsed(word: str, program: str) -> tuple[str, Any]:
     try:
         parsed = OverridesParser.create().parse_override(word)
-        return str(parsed.key_or_group), parsed.value()
     except HydraException as error:
-        raise ConfigError(f"{word}: {str(error).splitlines()[0]}; write key=value") from error
+        raise ConfigError(unreadable(word, f"{program} --help")) from error
+    if parsed.is_sweep_override():
+        raise ConfigError(several_values(word, multirun=False))
+    return str(parsed.key_or_group), parsed.value()
 
 
 def defaults_of(schema: type[DataclassInstance]) -> str:
@@ -191,6 +202,7 @@ def run_application(
 
     try:
         _refuse_multirun_under_torchrun()
+        _refuse_dashes()
         hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")(application)()
     except ConfigError as error:
         return _report(str(error))
@@ -198,7 +210,7 @@ def run_application(
         _report(f"{error}, and so may others; the same command goes on with what has not finished")
         return FAILED
     except (HydraException, OmegaConfBaseException) as error:
-        return _report(explain(error))
+        return _report(explain(error, multirun=True))
     return 0
 
 
@@ -212,6 +224,15 @@ def checked_config(composed: DictConfig, world_size: int) -> Config:
 def _refuse_multirun_under_torchrun() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"-m", "--multirun"} & set(sys.argv[1:]):
         raise ConfigError("--multirun starts processes, and is no rank of torchrun; RANKS=n dla-train --multirun ...")
+
+
+def _refuse_dashes() -> None:
+    """A setting written as a flag: argparse, which reads Hydra's own flags, would tell of those alone."""
+    known = {*GROUPS, *USUAL_NAMES, "experiment", *(name.rpartition(".")[2] for name in setting_names())}
+    for word in sys.argv[1:]:
+        name = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and (name in known or "." in name):
+            raise ConfigError(unreadable(word, "dla-train --cfg job"))
 
 
 def _report(message: str, every_rank: bool = False) -> int:

@@ -148,7 +148,11 @@ def test_runs_of_another_tokenizer_are_refused(runs, monkeypatch):
         (["runs=[a,b]", "confidence=1.0"], "confidence=1.0"),
         (["runs=[a,b]", "device=tpu"], "device=tpu is not one of auto, cpu, cuda"),
         (["runs=[a,b]", "names=[x]"], "2 different names"),
-        (["runs=[a,b"], "write key=value"),
+        (["runs=[a,b"], r"runs=\[a,b has half of a pair of brackets; quote the whole word"),
+        (["runs=a"], r"runs=a is not a list; write runs=\[a\]"),
+        (["runs=a,b"], r"runs=a,b gives several values; write runs=\[a,b\] for a list, or quote it"),
+        (["--runs=[a,b]"], r"--runs=\[a,b\]: write runs=\[a,b\], without --; `dla-diagnose --help` prints every"),
+        (["runs"], "runs cannot be read; write key=value"),
         (["documents=3"], r"runs=\[\] names 0 runs"),
     ],
 )

@@ -121,6 +121,7 @@ def test_text_comes_from_a_file_and_from_standard_input(run, tmp_path, monkeypat
         (["run={0}", "text=a", "max_tokens=many"], "max_tokens"),
         (["run={0}", "text=a", "device=tpu"], "device=tpu is not one of auto, cpu, cuda"),
         (["run={0}", "text"], "there is no text"),
+        (["--run", "{0}"], "--run: write run=VALUE, without --"),
     ],
 )
 def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path, capsys, words, message):
