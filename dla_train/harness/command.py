@@ -5,8 +5,8 @@
   torchrun --nproc-per-node=8 -m dla_train.harness.command run=RUN_DIR suite=all data_dir=data/evaluation    # 8 devices
   dla-evaluate fetch suite=all data_dir=data/evaluation                  # once, with a network: writes the local copies
 
-Suites: commonsense, retrieval, ruler, longbench, all, wikitext (configs/suite). Every setting and its meaning:
-dla_train/harness/settings.py. Exit code 0; 2 after a mistake; 75 where it was interrupted: the same command goes on.
+Suites: commonsense, retrieval, ruler, longbench, all, wikitext (configs/suite). Exit code 0; 2 after a mistake; 75
+where it was interrupted: the same command goes on. Settings and defaults (meanings: dla_train/harness/settings.py):
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dla_train.config import ConfigError
 from dla_train.data.errors import DataError
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.fetch import fetch
-from dla_train.harness.settings import compose
+from dla_train.harness.settings import compose, defaults
 from dla_train.hydra_app import MISTAKE
 from dla_train.resilience.exit_codes import STOPPED
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
+        print(f"{__doc__}{defaults()}")
         return 0 if words else MISTAKE
     try:
         if words[0] == "fetch":

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dla_train.config import ConfigError
-from dla_train.config_sentences import explain
+from dla_train.config_sentences import explain, leaves
 from dla_train.harness.catalogue import TaskEntry, catalogue, task_entry
 from dla_train.hydra_app import config_directory
 
@@ -96,10 +96,8 @@ class Unit:
 
 def compose(words: Sequence[str]) -> EvaluateConfig:
     """The checked settings of a command line such as `["run=runs/a", "suite=ruler"]`. Raises ConfigError."""
-    ConfigStore.instance().store(name="base_evaluate", node=EvaluateConfig)
     try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
-            composed = hydra.compose("evaluate", list(words))
+        composed = _composed(words)
         known = {item.name for item in fields(EvaluateConfig)}
         if added := [str(key) for key in composed if key not in known]:  # by +key=value
             raise ConfigError(_unknown(added[0]))
@@ -111,6 +109,18 @@ def compose(words: Sequence[str]) -> EvaluateConfig:
     assert isinstance(config, EvaluateConfig)
     check(config)
     return config
+
+
+def defaults() -> str:
+    """One indented line `key=default` for every setting, those of the default suite among them, for the help."""
+    composed = _composed([])
+    return "\n".join(f"  {key}={OmegaConf.select(composed, key, default='RUN_DIR')}" for key in leaves(composed))
+
+
+def _composed(words: Sequence[str]) -> DictConfig:
+    ConfigStore.instance().store(name="base_evaluate", node=EvaluateConfig)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
+        return hydra.compose("evaluate", list(words))
 
 
 def units(config: EvaluateConfig) -> list[Unit]:

@@ -1,6 +1,7 @@
 """`dla-evaluate` as its user meets it: settings, mistakes, fetching, tables."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from datasets import Dataset
@@ -13,7 +14,7 @@ from dla_train.harness.documents import HAYSTACK, local_files, read_documents
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.fetch import fetch
 from dla_train.harness.report import published, table
-from dla_train.harness.settings import compose
+from dla_train.harness.settings import EvaluateConfig, compose
 from tests.harness.local_data import document
 
 
@@ -129,3 +130,12 @@ def test_a_table_has_a_mean_only_where_every_column_has_a_number():
 def test_an_unknown_suite_is_a_config_error():
     with pytest.raises(ConfigError, match="choose from all, commonsense, longbench, retrieval, ruler, wikitext"):
         compose(["run=x", "suite=nothing"])
+
+
+def test_a_run_given_as_a_flag_is_told_of_and_help_prints_every_setting(capsys):
+    assert main(["--run", "x"]) == 2
+    assert "--run: write run=VALUE, without --; `dla-evaluate --help` prints every" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {item.name}" in printed for item in fields(EvaluateConfig))
+    assert "  suite.name=commonsense\n" in printed
