@@ -31,6 +31,8 @@ HUGGING_FACE_FILES = (
     "spiece.model",
 )
 """What a tokenizer folder may consist of."""
+QUICKSTART_FOLDER = ("build", "quickstart")
+"""Where the quickstart puts its tokenizer, below the folder of the command."""
 
 
 class Tokenizer(Protocol):
@@ -67,9 +69,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.exists():
+        made = path.absolute().parent.parts[-2:] == QUICKSTART_FOLDER
+        mend = "`make quickstart` makes it" if made else "train one with `dla-prepare tokenizer`"
         raise TokenizerError(
-            f"tokenizer {path} does not exist; give a sentencepiece .model file or a Hugging Face tokenizer folder "
-            "(train one with `dla-prepare tokenizer`)"
+            f"tokenizer {path.absolute()} does not exist; give a sentencepiece .model file or a Hugging Face tokenizer "
+            f"folder ({mend})"
         )
     if path.is_file() and path.suffix == ".model":
         return SentencePieceTokenizer(path)

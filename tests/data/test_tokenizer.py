@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dla_train.data.errors import TokenizerError
 from dla_train.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from dla_train.hydra_app import compose
 
 TEXT = "def f(x):\n\n    return  x\t# é 漢字 \x00 \r\n  "
 
@@ -91,6 +92,15 @@ def test_fingerprint_follows_contents_not_place(
 def test_missing_tokenizer_names_the_path_and_the_mend(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.model does not exist.*dla-prepare tokenizer"):
         load_tokenizer(tmp_path / "absent.model")
+
+
+def test_the_missing_tokenizer_of_the_quickstart_names_where_it_was_looked_for_and_what_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = compose(["experiment=quickstart"]).data.tokenizer
+    with pytest.raises(TokenizerError, match=rf"{tmp_path}/{path} does not exist; .*\(`make quickstart` makes it\)"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("contents", [b"", b"not a model"])
