@@ -21,7 +21,8 @@ FILTERED = ("empty", "too_short", "too_long", "language", "duplicate", "near_dup
 INVALID_UTF8 = ("error", "replace")
 ON_ERROR = ("stop", "skip")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SKIP = "mend it, or leave such records out with --on-error skip"
+_UTF8_MEND = "put U+FFFD there with --invalid-utf8 replace, or mend it"
+_SKIP = ", or leave such records out with --on-error skip"
 
 
 class PrepareError(ValueError):
@@ -29,14 +30,17 @@ class PrepareError(ValueError):
 
 
 class RecordError(PrepareError):
-    """One record cannot be used: its kind (one of FAULTS) and the message, which names file, place and mend."""
+    """One record cannot be used: its kind (one of FAULTS) and the message, which names file, place and mend.
+
+    As text it says too that such records can be left out; the message alone is for reports of those that were.
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(kind, message)  # both, so that it can be sent between processes
         self.kind, self.message = kind, message
 
     def __str__(self) -> str:
-        return self.message
+        return self.message + _SKIP
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def document(record: Record) -> tuple[str, str | None]:
             tag = _nested(fields, form.options.language_field, record)
     if not isinstance(payload, (str, bytes)):
         rule = f"{form.options.text_field!r} is {type(payload).__name__}, not text; choose another --text-field"
-        raise RecordError("wrong_type", f"{place(record)}: {rule}, or {_SKIP}")
+        raise RecordError("wrong_type", f"{place(record)}: {rule}, or mend it")
     text = _decoded(payload, record)
     return text, _unwanted(text, tag, form.options, record)
 
@@ -193,19 +197,15 @@ def _decoded(data: bytes | str, record: Record) -> str:
             return data.decode("utf-8", errors="replace" if replace else "strict")
         except UnicodeDecodeError as error:
             rule = f"byte 0x{data[error.start]:02x} at byte offset {offset + error.start} ({error.reason})"
-            raise RecordError("not_utf8", f"{place(record)} is not UTF-8: {rule}; {_utf8_mend()}") from error
+            raise RecordError("not_utf8", f"{place(record)} is not UTF-8: {rule}; {_UTF8_MEND}") from error
     try:
         data.encode("utf-8")
     except UnicodeEncodeError as error:
         if replace:
             return data.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         rule = f"half a surrogate pair at character {error.start}, which is not text"
-        raise RecordError("not_utf8", f"{place(record)} holds {rule}; {_utf8_mend()}") from error
+        raise RecordError("not_utf8", f"{place(record)} holds {rule}; {_UTF8_MEND}") from error
     return data
-
-
-def _utf8_mend() -> str:
-    return f"put U+FFFD there with --invalid-utf8 replace, {_SKIP}"
 
 
 def _json_object(line: str, record: Record) -> dict[str, Any]:
@@ -213,17 +213,17 @@ def _json_object(line: str, record: Record) -> dict[str, Any]:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter for brackets nested by the thousand
         rule = f"is not JSON ({error}); one JSON object per line is needed"
-        raise RecordError("not_json", f"{place(record)} {rule}: {_SKIP}") from error
+        raise RecordError("not_json", f"{place(record)} {rule}: mend it") from error
     if not isinstance(value, dict):
         rule = f"is a JSON {type(value).__name__}, not an object with fields"
-        raise RecordError("wrong_type", f"{place(record)} {rule}; {_SKIP}")
+        raise RecordError("wrong_type", f"{place(record)} {rule}; mend it")
     return value
 
 
 def _field(fields: dict[str, Any], name: str, record: Record) -> Any:
     if name not in fields:
         rule = f"has no field {name!r} but {sorted(fields)[:20]}; choose another field (--text-field, --language-field)"
-        raise RecordError("no_field", f"{place(record)} {rule}, or {_SKIP}")
+        raise RecordError("no_field", f"{place(record)} {rule}, or mend it")
     return fields[name]
 
 
@@ -237,7 +237,7 @@ def _unwanted(text: str, tag: Any, options: SourceOptions, record: Record) -> st
     if options.languages:
         if not isinstance(tag, str):
             rule = f"{options.language_field!r} is {type(tag).__name__}, not a language's tag"
-            raise RecordError("wrong_type", f"{place(record)}: {rule}; {_SKIP}")
+            raise RecordError("wrong_type", f"{place(record)}: {rule}; mend it")
         if tag not in options.languages:
             return "language"
     if not text.strip():

@@ -171,9 +171,8 @@ def within(data: bytes, number: int, form: RecordForm) -> bytes | RecordError:
 def oversized(number: int, form: RecordForm) -> RecordError:
     """What is wrong with a record that is too large to be held."""
     rule = f"has more than {form.options.largest_bytes} bytes; raise --largest-megabytes"
-    separator = ", cut the text with --separator" if form.unit == "document" else ""
-    skip = "or leave such records out with --on-error skip"
-    return RecordError("oversized", f"{form.name}, {form.unit} {number} {rule}{separator}, {skip}")
+    separator = ", or cut the text with --separator" if form.unit == "document" else ""
+    return RecordError("oversized", f"{form.name}, {form.unit} {number} {rule}{separator}")
 
 
 def _is_text(path: Path) -> bool:
