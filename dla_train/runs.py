@@ -68,11 +68,12 @@ def read_run(run_dir: Path) -> RunState:
         reason = str(error).splitlines()[0]
         return RunState(str(run_dir), "damaged", 0, None, None, None, None, None, _age(run_dir), reason)
     written = int(lines[-1]["step"]) if lines else 0
+    step = max(int(status.get("step", 0)), written)
     return RunState(
         folder=str(run_dir),
         state=_state(run_dir, status),
-        step=max(int(status.get("step", 0)), written),
-        steps=steps,
+        step=step,
+        steps=None if steps is None else max(steps, step),  # it was started again with a smaller train.stop_at_step
         loss=_last(lines, "loss"),
         validation_loss=_last(lines, "validation_loss"),
         tokens_per_second=_last(lines, "tokens_per_second"),

@@ -73,6 +73,13 @@ def test_numbers_are_the_last_ones_and_the_step_is_the_newest(tmp_path: Path) ->
     assert run.checkpoint is None and run.age_seconds is not None and run.age_seconds < 60
 
 
+def test_a_run_that_was_started_again_to_stop_earlier_has_done_all_its_steps(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", "finished", 8)
+    (run_dir / "config.yaml").write_text(CONFIG.replace("null", "3"))
+    run = read_run(run_dir)
+    assert (run.step, run.steps) == (8, 8) and " 8/8 " in table([run])
+
+
 def test_runs_are_found_at_any_depth_and_not_inside_each_other(tmp_path: Path) -> None:
     for name in ("a/b/run1", "a/run2", "run3"):
         make_run(tmp_path / name)
