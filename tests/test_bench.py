@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from dla_kernels.bench.inputs import TAU, boundary_rate, layer_inputs
 from dla_kernels.bench.measure import Stopwatch
 from dla_train.bench import cpu, layouts, training
-from dla_train.bench.__main__ import main
+from dla_train.bench.__main__ import PROGRAMS, main
 from dla_train.bench.cpu import BACKBONES, SMALL, Timing, layer_seconds, measure_in_turn, table
 from dla_train.bench.render import kernels_page, render, training_page
 from dla_train.bench.training import ARMS, Trainer, configuration, judge, measure_steps
@@ -348,3 +348,10 @@ def test_the_command_line_tells_apart_its_programs(monkeypatch):
     monkeypatch.setattr("dla_kernels.bench.__main__.main", lambda arguments: len(seen.append(arguments) or []))
     assert main(["kernels", "--toy", "--device=cpu"]) == 0
     assert seen == [["--toy", "--device=cpu"]]
+
+
+def test_a_misspelt_program_is_told_which_there_are(capsys):
+    assert main(["decod"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m dla_train.bench: error: decod is no program; choose from kernels, training, ")
+    assert all(program in error for program in PROGRAMS) and error.count("\n") == 1

@@ -38,10 +38,14 @@ PROGRAMS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program that is named, or all that suits this machine; returns the exit code."""
+    """Run the program that is named, or all that suits this machine; returns the exit code, 2 where there is none."""
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in PROGRAMS:
         return int(importlib.import_module(PROGRAMS[given[0]]).main(given[1:]))
+    if given and not given[0].startswith("-"):
+        programs = ", ".join(PROGRAMS)
+        print(f"python -m dla_train.bench: error: {given[0]} is no program; choose from {programs}", file=sys.stderr)
+        return 2
     return _everything(given)
 
 
