@@ -27,7 +27,7 @@ def plot_merge_map(pieces: Sequence[str], found: HeadHistory, output: Path, *, t
     """Write the picture of a text of tokens `pieces` as a PNG."""
     places, lines = _typeset(pieces)
     columns = max(COLUMNS // 2, *(column + len(shown) for parts in places for _, column, shown in parts))
-    figure = Figure(figsize=(0.085 * columns + 0.8, 0.19 * lines + 3.2), layout="constrained")
+    figure = Figure(figsize=(0.085 * columns + 0.8, 0.19 * lines + 3.4), layout="constrained")
     text, drift = figure.subplots(2, 1, height_ratios=[0.19 * lines + 0.3, 2.0])
     _draw_text(text, found, places)
     text.set_xlim(-0.5, columns + 0.5)
@@ -35,7 +35,8 @@ def plot_merge_map(pieces: Sequence[str], found: HeadHistory, output: Path, *, t
     _draw_drift(drift, found)
     opened, left = int(found.boundary.sum()), len(found.slot_starts)
     counts = f"{found.tokens} tokens, {opened} boundaries, {opened - left} merged away, {left} slots at the end"
-    text.set_title(f"{title}\nlayer {found.layer}, head {found.head}: {counts}", fontsize=11, loc="left")
+    heading = f"{title}\nlayer {found.layer}, head {found.head}\n{counts}"  # in lines: a short text is a narrow picture
+    figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130)
 
