@@ -42,7 +42,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {key: report[key] for key in ("settings", "arms", "text", "bands", "curve", "lengths", "recalled")} | {
             "in_context": report["in_context"]
         }
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"seeds: {path} is no report of dla-diagnose ({error}); give the output of one") from error
 
 

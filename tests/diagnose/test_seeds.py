@@ -93,6 +93,13 @@ def test_comparisons_of_something_else_are_refused_with_what_differs(compared, t
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000])
+def test_a_file_that_is_no_report_is_told(compared, tmp_path, capsys, text):
+    (tmp_path / "diagnostics.json").write_text(text)
+    assert main([f"seeds=[{compared}/0,{tmp_path}]", f"output={tmp_path}/out"]) == 2
+    assert "is no report of dla-diagnose" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
