@@ -19,19 +19,18 @@ def refuse_choices_without_effect(
     An experiment is composed after the groups, so what it sets stands whatever option is chosen; a word
     `group.key=value` comes after both, and settles it. folders: where options' files are looked for, in this order.
     """
-    overrides = [word for word in OverridesParser.create().parse_overrides(list(words)) if not word.is_delete()]
-    settled = {word.key_or_group for word in overrides}
-    experiment = next((str(word.value()) for word in overrides if word.key_or_group == "experiment"), None)
+    parsed = [word for word in OverridesParser.create().parse_overrides(list(words)) if not word.is_delete()]
+    given = {str(word.key_or_group): word.value() for word in parsed}  # of one key the last word counts
+    experiment = given.get("experiment")
     if experiment is None:
         return
-    for word in overrides:
-        group, option = word.key_or_group, word.value()
+    for group, option in given.items():
         if group not in groups or not isinstance(option, str):
             continue
         for key, value in _values(group, option, folders).items():
             name = f"{group}.{key}"
             set_to = OmegaConf.select(composed, name, default=value)
-            if set_to != value and name not in settled:
+            if set_to != value and name not in given:
                 raise ConfigError(
                     f"{group}={option} says {name}={value}, but experiment={experiment} sets it to {set_to}, and an "
                     f"experiment's own settings stand; add {name}={value}, or {name}={set_to} to keep the experiment's"

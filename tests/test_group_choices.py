@@ -54,6 +54,11 @@ def test_an_option_that_the_experiment_leaves_alone_is_taken(words: list[str]) -
     }[words[0]]
 
 
+def test_of_an_option_given_twice_the_last_one_counts() -> None:
+    words = ["memory=dla", "model=transformer_tiny", "memory=none", "experiment=upcycle", "experiment=quickstart"]
+    assert compose(words).memory.policy == "none"
+
+
 def test_the_model_of_a_folder_is_not_replaced_in_silence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.initial is not set"):
         compose(["experiment=upcycle", "model=mamba2_tiny", "data.train=[a]", "data.tokenizer=b"])
