@@ -5,6 +5,8 @@ The bound asked for is 10%; the formulas count tensors one by one, so what is ke
 
 import dataclasses
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,11 @@ PEAKS = ("transformer", "mamba2 single", "mamba2 dla", "mamba2 small", "gated dl
 DTYPES = ("float32", "bfloat16")
 
 
+def of_all(cases: Iterable[str]) -> list[Any]:
+    """Cases as parameters of a test; models of 125M parameters are slow, and take a gigabyte."""
+    return [pytest.param(case, marks=pytest.mark.slow) if "125m" in " ".join(CASES[case]) else case for case in cases]
+
+
 def configured(*overrides: str) -> Config:
     return compose(["experiment=quickstart", *TINY, *overrides])
 
@@ -66,7 +73,7 @@ def predicted(config: Config, found: Plan) -> Held:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", of_all(CASES))
 def test_forward_keeps_what_the_plan_says(case: str, dtype: str) -> None:
     config = configured(*CASES[case], f"train.dtype={dtype}")
     expected, real = predicted(config, planned(config)), held_after_forward(config)
@@ -83,7 +90,7 @@ def test_recomputation_keeps_inputs_and_plans_as_the_plan_says(case: str) -> Non
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("case", PEAKS)
+@pytest.mark.parametrize("case", of_all(PEAKS))
 def test_the_most_held_at_once_in_a_step_is_within_ten_percent(case: str, recompute: bool) -> None:
     config = configured(*CASES[case], f"train.recompute={recompute}")
     memory = planned(config).memory
