@@ -106,7 +106,7 @@ def plan(kills: int, rounds: int) -> Iterator[Plan]:
         layout = layouts[turn % len(layouts)]
         yield layout, trials.launcher_kill
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            yield layout, lambda t, w, s, d, number=number: trials.signals(t, w, s, number, d)
+            yield layout, lambda t, w, s, d, number=number: trials.signals(t, w, number, trials.at_random(s, d))
         for kind in FILES:
             for how in ("flipped bit", "truncation"):
                 yield layout, lambda t, w, s, d, kind=kind, how=how: trials.damage(t, w, kind, how, d)
@@ -123,7 +123,7 @@ def short_plan() -> Iterator[Plan]:
     """One run of each class, in two layouts."""
     local, divided = "local, data 2", "local, tensor 2"
     yield divided, lambda t, w, s, d: trials.kills(t, w, s, 3, d)
-    yield local, lambda t, w, s, d: trials.signals(t, w, s, signal.SIGTERM, d)
+    yield local, lambda t, w, s, d: trials.signals(t, w, signal.SIGTERM, trials.after_step(3))
     yield divided, lambda t, w, s, d: trials.damage(t, w, "model-", "flipped bit", d)
     yield local, lambda t, w, s, d: trials.planted(t, w, "weight", d)
     yield local, lambda t, w, s, d: trials.planted(t, w, "disk", d)

@@ -5,7 +5,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +111,10 @@ class Trial:
         shutil.rmtree(self.folder)
 
 
+Moment = Callable[[Trial, Job], None]
+"""Waits in a trial whose job was started."""
+
+
 def uninterrupted(folder: Path, corpus: Sequence[str], layout: str) -> tuple[Trial, float]:
     """A run that nobody hurts, and the seconds of one in a warm process."""
     trial = Trial(folder, corpus, layout)
@@ -141,6 +145,22 @@ def kills(trial: Trial, whole: Trial, seconds: float, count: int, dice: random.R
     return outcome
 
 
+def at_random(seconds: float, dice: random.Random) -> Moment:
+    """A moment in most of a run's time, of which its start is a part: it may not be ready yet, or be over."""
+    return lambda trial, job: time.sleep(dice.uniform(0.15, 0.9) * seconds)
+
+
+def after_step(step: int) -> Moment:
+    """The moment at which a step's checkpoint is complete: in the middle of the run, however fast it is."""
+
+    def moment(trial: Trial, job: Job) -> None:
+        end, saved = time.monotonic() + START_SECONDS, trial.run_dir / "checkpoints"
+        while job.alive() and time.monotonic() < end and max(complete_steps(saved), default=0) < step:
+            time.sleep(0.01)
+
+    return moment
+
+
 def launcher_kill(trial: Trial, whole: Trial, seconds: float, dice: random.Random) -> Outcome:
     """SIGKILL to the launcher: its ranks train on, and a second job must not touch their directory meanwhile."""
     outcome = Outcome("SIGKILL of the launcher", trial.layout, starts=1)
@@ -164,11 +184,11 @@ def launcher_kill(trial: Trial, whole: Trial, seconds: float, dice: random.Rando
     return outcome
 
 
-def signals(trial: Trial, whole: Trial, seconds: float, number: signal.Signals, dice: random.Random) -> Outcome:
-    """A signal to all ranks at a random moment: everything is saved, the code says so, the next start goes on."""
+def signals(trial: Trial, whole: Trial, number: signal.Signals, moment: Moment) -> Outcome:
+    """A signal to all ranks at some moment: everything is saved, the code says so, the next start goes on."""
     outcome = Outcome(number.name, trial.layout, starts=1)
     job = trial.start()
-    time.sleep(dice.uniform(0.15, 0.9) * seconds)
+    moment(trial, job)
     job.send_all(number)
     code = job.wait(START_SECONDS)
     if code == STOPPED:
