@@ -115,14 +115,18 @@ def plan(kills: int, rounds: int) -> Iterator[Plan]:
 
 
 def kill_plan(number: int) -> Plan:
-    """Several kills of one run, in a layout by turns."""
-    return list(LAYOUTS)[number % len(LAYOUTS)], lambda t, w, s, d: trials.kills(t, w, s, KILLS_A_RUN, d)
+    """Several kills of one run at any time, in a layout by turns."""
+
+    def hurt(trial: Trial, whole: Trial, seconds: float, dice: random.Random) -> Outcome:
+        return trials.kills(trial, whole, [trials.at_random(seconds, dice, 0.0, 1.0)] * KILLS_A_RUN, dice)
+
+    return list(LAYOUTS)[number % len(LAYOUTS)], hurt
 
 
 def short_plan() -> Iterator[Plan]:
-    """One run of each class, in two layouts."""
+    """One run of each class, in two layouts, hurt after some step: at a random moment a run may be over."""
     local, divided = "local, data 2", "local, tensor 2"
-    yield divided, lambda t, w, s, d: trials.kills(t, w, s, 3, d)
+    yield divided, lambda t, w, s, d: trials.kills(t, w, [trials.after_step(step) for step in (1, 3, 5)], d)
     yield local, lambda t, w, s, d: trials.signals(t, w, signal.SIGTERM, trials.after_step(3))
     yield divided, lambda t, w, s, d: trials.damage(t, w, "model-", "flipped bit", d)
     yield local, lambda t, w, s, d: trials.planted(t, w, "weight", d)

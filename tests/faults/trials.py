@@ -124,13 +124,13 @@ def uninterrupted(folder: Path, corpus: Sequence[str], layout: str) -> tuple[Tri
     return trial, time.monotonic() - started
 
 
-def kills(trial: Trial, whole: Trial, seconds: float, count: int, dice: random.Random) -> Outcome:
-    """SIGKILL to a random rank at a random moment, `count` times, each followed by a start."""
+def kills(trial: Trial, whole: Trial, moments: Sequence[Moment], dice: random.Random) -> Outcome:
+    """SIGKILL to a random rank at each of some moments, each followed by a start."""
     outcome = Outcome(KILLED_RANK, trial.layout)
-    for _ in range(count):
+    for moment in moments:
         outcome.starts += 1
         job = trial.start()
-        time.sleep(dice.uniform(0.0, seconds))
+        moment(trial, job)
         job.send(signal.SIGKILL, rank=dice.randrange(RANKS))
         code = job.wait(START_SECONDS)
         outcome.injected += code != 0
@@ -145,9 +145,9 @@ def kills(trial: Trial, whole: Trial, seconds: float, count: int, dice: random.R
     return outcome
 
 
-def at_random(seconds: float, dice: random.Random) -> Moment:
-    """A moment in most of a run's time, of which its start is a part: it may not be ready yet, or be over."""
-    return lambda trial, job: time.sleep(dice.uniform(0.15, 0.9) * seconds)
+def at_random(seconds: float, dice: random.Random, first: float = 0.15, last: float = 0.9) -> Moment:
+    """A moment in some part of a run's time, of which its start is one: it may not be ready yet, or be over."""
+    return lambda trial, job: time.sleep(dice.uniform(first, last) * seconds)
 
 
 def after_step(step: int) -> Moment:
