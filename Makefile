@@ -11,7 +11,7 @@ PINNED = $(shell sed -n 's/^$(1)==/$(1)==/p' constraints.txt)
 TEST_ENVIRONMENT := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow coverage test-gpu test-multigpu test-faults test-slurm test-hosts check docs recall recall-gpu bench bench-train kernel-report clean
+.PHONY: help install quickstart test test-slow coverage test-gpu test-multigpu test-faults test-slurm test-hosts test-browser check docs recall recall-gpu bench bench-train kernel-report clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -33,13 +33,13 @@ quickstart: $(STAMP)  ## A whole small run on this CPU, from corpus to samples
 	DS_ACCELERATOR=cpu $(BIN)/python -m dla_train.quickstart
 
 test: $(STAMP)  ## Run the test suite on the CPU
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not slow and not gpu and not slurm and not hosts'
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not slow and not gpu and not slurm and not hosts and not browser'
 
 test-slow: $(STAMP)  ## Run the rest of it: every layout, engine and fault
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'slow and not gpu and not slurm and not hosts'
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'slow and not gpu and not slurm and not hosts and not browser'
 
 coverage: $(STAMP)  ## Run both, and say how much of each package it ran; writes docs/results/
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not gpu and not slurm and not hosts' --cov --cov-report=
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile -m 'not gpu and not slurm and not hosts and not browser' --cov --cov-report=
 	$(BIN)/python -m tests.coverage_page
 
 test-gpu: $(STAMP)  ## Run the tests that need a CUDA device
@@ -58,6 +58,10 @@ test-slurm: $(STAMP)  ## Runs and sweeps on a SLURM of this machine (root; insta
 test-hosts: $(STAMP)  ## Two hosts of this machine that lose each other (root)
 	@$(BIN)/python -m tests.launch.hosts
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m hosts tests/launch
+
+test-browser: $(STAMP)  ## The page of dla-inspect in Chromium
+	@$(BIN)/python -m tests.inspect_memory.browser
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q -m browser tests/inspect_memory
 
 check: $(STAMP) docs  ## Lint, formatting, types, and the documentation
 	$(BIN)/ruff check .

@@ -140,7 +140,16 @@ def noticed(mutation: Mutation, workers: int) -> tuple[str, float]:
         mutate(tree, mutation)
         environment = {**os.environ, "PYTHONPATH": f"{tree}:{tree / 'kernels'}", "OMP_NUM_THREADS": "1"}
         environment |= {"DS_ACCELERATOR": "cpu"}
-        words = ["-q", "-x", "-n", str(workers), "--dist", "loadfile", "-m", "not gpu and not slurm and not hosts"]
+        words = [
+            "-q",
+            "-x",
+            "-n",
+            str(workers),
+            "--dist",
+            "loadfile",
+            "-m",
+            "not gpu and not slurm and not hosts and not browser",
+        ]
         started = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *words, mutation.tests],
