@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -194,8 +194,13 @@ def run_application(
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return point(composed)
         try:
-            refuse_choices_without_effect(HydraConfig.get().overrides.task, composed, GROUPS, _config_folders())
-            job(checked_config(composed, int(os.environ.get("WORLD_SIZE", "1"))))
+            words = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # a ${name} is not theirs
+            refuse_choices_without_effect(cast(list[str], words), composed, GROUPS, _config_folders())
+            config = checked_config(composed, int(os.environ.get("WORLD_SIZE", "1")))
+        except ConfigError as error:
+            raise SystemExit(_report(str(error))) from error
+        try:
+            job(config)
         except user_errors as error:
             _report(str(error), every_rank=True)
             raise SystemExit(getattr(error, "exit_code", MISTAKE)) from error

@@ -464,12 +464,14 @@ def test_an_error_of_the_job_is_one_paragraph_too(
     assert capfd.readouterr().err == "dla-train: error: no such corpus\n"
 
 
+@pytest.mark.parametrize("word", ["train.stpes=4", "train.micro_batch_rows=0", "checkpoint=none"])
 def test_under_torchrun_only_rank_0_reports_a_mistake(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], word: str
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    code, _ = run(monkeypatch, *BASE, "train.stpes=4")
-    assert code == 2 and capfd.readouterr().err == ""
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, _ = run(monkeypatch, *BASE, word)
+        assert code == 2 and capfd.readouterr().err.count("\n") == (rank == "0")
 
 
 def test_a_legal_command_line_runs_the_job_and_leaves_no_hydra_files(
