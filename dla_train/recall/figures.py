@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,6 +15,9 @@ from dla_train.recall.training import RunResult
 
 COLOURS = ("tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 """Of the memories, in the order of the settings."""
+MOST_LEVEL = 5
+"""Parts whose names have room beside each other; those of more slope."""
+SLOPE: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
 
 
 def plot_accuracy(
@@ -46,7 +50,8 @@ def plot_accuracy(
                 capsize=3,
                 label=_label(numbers) + (" (void)" if numbers.void else ""),
             )
-        ax.set_xticks(np.arange(len(parts)), [part.replace("_", " ") for part in parts])
+        slope = SLOPE if len(parts) > MOST_LEVEL else {}
+        ax.set_xticks(np.arange(len(parts)), [part.replace("_", " ") for part in parts], **slope)
         ax.set_title(backbone, fontsize=10)
         ax.grid(axis="y", alpha=0.25)
         ax.legend(fontsize=8)
