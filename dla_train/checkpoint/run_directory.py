@@ -1,8 +1,9 @@
 """One run per directory: what a run is, and whether a directory holds this one.
 
-A run is its model, memory, data, optimizer, seed, initial weights, global batch, length and compute type: whatever
-decides its numbers beyond rounding. Free to change between starts are the ranks, engine, micro-batch, recomputation,
-device, chunk length and backend of the operations, stop_at_step, and how it validates, evaluates, logs and saves.
+A run is its model, memory, data, optimizer, seed, initial weights, global batch, length, segments and compute type:
+whatever decides its numbers beyond rounding. Free to change between starts are the ranks, engine, micro-batch,
+recomputation, device, chunk length and backend of the operations, stop_at_step, and how it validates, evaluates, logs
+and saves.
 `train.steps` is part of the run: the schedules end there, so a longer run is another run from its first step on.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
 from dla_train.checkpoint.manifest import parse_json, read_small
@@ -35,9 +38,9 @@ _FIRST = ("model.backbone", "memory.policy")
 def run_identity(config: Config, data_fingerprint: str, tokenizer_fingerprint: str) -> dict[str, Any]:
     """Every setting that makes two runs different, by dotted key."""
     identity: dict[str, Any] = {"seed": config.seed, **_settings(config, "model", "memory", "optim")}
-    for key in ("steps", "global_batch_rows", "dtype", "initial"):
+    for key in ("steps", "global_batch_rows", "segment_tokens", "dtype", "initial"):
         identity[f"train.{key}"] = getattr(config.train, key)
-    identity["data.context_tokens"] = config.data.context_tokens
+    identity["data.context_tokens"], identity["data.packing"] = config.data.context_tokens, config.data.packing
     identity["data fingerprint"] = data_fingerprint
     identity["tokenizer fingerprint"] = tokenizer_fingerprint
     return identity
@@ -134,8 +137,8 @@ def find_objection(config: Config, identity: dict[str, Any]) -> str | None:
 
 
 def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]) -> str | None:
-    # what an earlier version did not write down was not there to be chosen: it is what it is by default
-    there = {key: _default(key) for key in identity} | stored["identity"]
+    unnamed = identity.keys() - stored["identity"].keys()
+    there = _settings_of_last_start(run_dir, unnamed) | stored["identity"]
     listed = _listed(there, identity)
     if not listed:
         return None
@@ -143,6 +146,20 @@ def _differences(run_dir: Path, stored: dict[str, Any], identity: dict[str, Any]
         f"run_dir={run_dir} holds another run, {stored.get('name')}: {listed}. "
         "Choose another run_dir, or resume with the settings of that run"
     )
+
+
+def _settings_of_last_start(run_dir: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Settings that an earlier version did not write into the identity, by config.yaml.
+
+    What is not there either was not there to be chosen: it is what it is by default.
+    """
+    try:
+        config = OmegaConf.load(run_dir / CONFIG_FILE)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        config = OmegaConf.create()
+    if not isinstance(config, DictConfig):
+        config = OmegaConf.create()
+    return {key: OmegaConf.select(config, key, default=_default(key)) for key in keys}
 
 
 def _settings(config: Config, *groups: str) -> dict[str, Any]:
@@ -158,7 +175,7 @@ def _settings(config: Config, *groups: str) -> dict[str, Any]:
 def _listed(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The first settings that differ, those that explain the others before them; "" for none."""
     differing = [key for key in there.keys() | here.keys() if there.get(key) != here.get(key)]
-    keys = sorted(differing, key=lambda key: (key not in _FIRST, key))
+    keys = sorted(differing, key=lambda key: (key not in _FIRST, key.endswith("fingerprint"), key))
     shown = [f"{key} is {_short(there.get(key))} there and {_short(here.get(key))} here" for key in keys[:_SHOWN]]
     return "; ".join(shown) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 

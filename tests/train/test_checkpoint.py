@@ -173,6 +173,8 @@ DIFFERENT = {
     "seed": (["seed=5"], ["seed is 0 there and 5 here", "data fingerprint"]),
     "batch": (["train.global_batch_rows=4"], ["train.global_batch_rows is 8 there and 4 here"]),
     "length": (["train.steps=9"], ["train.steps is 8 there and 9 here"]),
+    "packing": (["data.packing=best_fit"], ["data.packing is concatenate there and best_fit here; data fingerprint"]),
+    "segments": (["train.segment_tokens=16"], ["train.segment_tokens is 0 there and 16 here"]),
     "compute type": (["train.dtype=bfloat16"], ["train.dtype is float32 there and bfloat16 here"]),
 }
 
@@ -224,6 +226,20 @@ def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default_and_no_ot
     with pytest.raises(RunDirectoryError, match="memory.drift is token there and update here"):
         train(tiny("memory.drift=update"))
     assert train(tiny()).step == 8
+
+
+def test_what_an_earlier_version_did_not_name_is_what_the_last_start_was_configured_with(
+    tiny: MakeConfig, tmp_path: Path
+) -> None:
+    chosen = ("data.packing=best_fit", "train.segment_tokens=16")
+    train(tiny(*chosen, "train.stop_at_step=4"))
+    path = tmp_path / "run/run.json"
+    stored = json.loads(path.read_text())
+    del stored["identity"]["data.packing"], stored["identity"]["train.segment_tokens"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RunDirectoryError, match="tiny: train.segment_tokens is 16 there and 0 here"):
+        train(tiny(chosen[0]))
+    assert train(tiny(*chosen)).step == 8
 
 
 def test_settings_that_do_not_make_another_run_may_change(tiny: MakeConfig) -> None:
