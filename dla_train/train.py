@@ -37,7 +37,7 @@ from dla_train.models.cost import memory_capacity, merge_cache_bytes
 from dla_train.models.language_model import LanguageModel
 from dla_train.multirun import fixed_keys, run_point
 from dla_train.parallel.mesh import Mesh
-from dla_train.resilience.exit_codes import DIVERGED, FINISHED, STOPPED, write_status
+from dla_train.resilience.exit_codes import DIVERGED, FINISHED, STATUS_FILE, STOPPED, read_status, write_status
 from dla_train.resilience.guard import Guard, Judgement
 from dla_train.resilience.journal import JournalError, Rewind, append_to_journal, data_position, data_step, read_journal
 from dla_train.resilience.stopping import StopSignals
@@ -160,8 +160,10 @@ class Run:
         self.watchdog.enter("setup")
         rewinds = self._rewinds()
         resumed = checkpointer.resume(engine)
-        if resumed is None and config.train.initial is not None:
-            begin_with(engine, config)
+        if resumed is None:
+            self._check_nothing_was_saved(checkpointer.root)
+            if config.train.initial is not None:
+                begin_with(engine, config)
         done = resumed.step if resumed else 0
         position = data_position(done, rewinds)
         if resumed and (read := self.sources.train.resume_step(resumed.data)) != position:
@@ -190,6 +192,15 @@ class Run:
                 self.evaluation,
             )
             return loop.run(done)
+
+    def _check_nothing_was_saved(self, root: Path) -> None:
+        """Raise CheckpointError, on every rank, where the run had checkpoints: starting anew would end its metrics."""
+        status = self.mesh.from_writer(read_status(Path(self.config.run_dir)) if self.mesh.is_writer else None)
+        if status and status["state"] != "diverged" and status["step"]:
+            raise CheckpointError(
+                f"{self.config.run_dir}/{STATUS_FILE} says {status['state']}, with step {status['step']} saved, but "
+                f"{root} holds no checkpoint; put one back from a copy, or choose another run_dir to start anew"
+            )
 
     def _go_back(self, ended: LoopResult, judgement: Judgement, checkpointer: Checkpointer) -> None:
         """Set the checkpoints of the bad steps aside and write down which data is passed over from now on."""

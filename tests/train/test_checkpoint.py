@@ -18,6 +18,7 @@ from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
 from dla_train.evaluate.loading import load_model
 from dla_train.models.build import build_model
+from dla_train.resilience.exit_codes import write_status
 from dla_train.train import train
 from tests.train.runs import TINY, numbers_of, run_python, run_training, tensors_of
 
@@ -258,6 +259,27 @@ def test_resume_never_and_required_are_kept(tiny: MakeConfig, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         train(tiny("checkpoint.resume=required"))
+
+
+@pytest.mark.parametrize("state", ["finished", "running"])
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(tiny: MakeConfig, tmp_path: Path, state: str) -> None:
+    train(tiny("train.stop_at_step=4"))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    write_status(tmp_path / "run", state, 4, None)
+    lines = (tmp_path / "run/metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match=f"says {state}, with step 4 saved, but .* holds no checkpoint"):
+        train(tiny())
+    assert (tmp_path / "run/metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.parametrize(("state", "step"), [("running", 0), ("stopped", 0), ("diverged", 3)])
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(
+    tiny: MakeConfig, tmp_path: Path, state: str, step: int
+) -> None:
+    train(tiny("train.stop_at_step=4"))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    write_status(tmp_path / "run", state, step, None)
+    assert train(tiny("train.stop_at_step=2")).step == 2
 
 
 def test_a_directory_with_metrics_of_an_unknown_run_is_refused(tiny: MakeConfig, tmp_path: Path) -> None:
