@@ -55,7 +55,8 @@ def _points(output: Path, results: dict[str, dict[str, Any]]) -> dict[str, dict[
     for name, result in results.items():
         if result["length"] is None:
             continue
-        for line in (output / "units" / f"{name}.samples.jsonl").read_text(encoding="utf-8").splitlines():
+        written = (output / "units" / f"{name}.samples.jsonl").read_text(encoding="utf-8")
+        for line in written.split("\n")[:-1]:  # an answer may hold U+2028 and other ends of lines that are none here
             sample = json.loads(line)
             points = zip(sample["depths"], sample["hits"], strict=True)
             rows.setdefault(result["task"], []).extend((result["length"], depth, hit) for depth, hit in points)

@@ -1,5 +1,6 @@
 """RULER's prompts without a network: lm_eval's own, sized by the run's tokenizer, the same for the same seed."""
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 
 from dla_train.harness.documents import HAYSTACK
 from dla_train.harness.errors import EvaluateError
-from dla_train.harness.heat_map import shares
+from dla_train.harness.heat_map import shares, write_heat_map
 from dla_train.harness.needles import TASKS, Needles, depths, hits, install_sentences
 
 LENGTH = 3000
@@ -107,3 +108,12 @@ def test_the_heat_map_shares_are_of_each_cell():
     grid = shares(length, depth, np.array([True, False, True, False]), [1, 2])
     assert grid[0, 0] == 0.5 and grid[9, 0] == 1.0 and grid[9, 1] == 0.0
     assert np.isnan(grid[1:9]).all()
+
+
+def test_the_heat_map_is_drawn_of_answers_with_any_character(tmp_path):
+    sample = {"answer": "a\u2028b\u0085c", "depths": [0.5], "hits": [True]}
+    (tmp_path / "units").mkdir()
+    line = json.dumps(sample, ensure_ascii=False) + "\n"
+    (tmp_path / "units/niah_single_1_4096.samples.jsonl").write_text(line, encoding="utf-8")
+    write_heat_map(tmp_path, {"niah_single_1_4096": {"task": "niah_single_1", "length": 4096}})
+    assert (tmp_path / "needles.png").is_file()
