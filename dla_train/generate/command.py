@@ -137,7 +137,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     """Every prompt that was given, in the order of the options. Raises GenerationError for an empty one."""
     texts = list(options.prompt) + [_read(name, "--prompt-file") for name in options.prompt_file]
     if options.prompts is not None:
-        lines = [line for line in _read(options.prompts, "--prompts").splitlines() if line.strip()]
+        lines = [line for line in _read(options.prompts, "--prompts").split("\n") if line.strip()]
         if not lines:
             raise GenerationError(f"--prompts={options.prompts} has no lines; write a prompt on each")
         texts += [_unescaped(line) for line in lines]

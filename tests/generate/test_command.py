@@ -71,6 +71,14 @@ def test_prompts_come_from_words_files_lines_and_standard_input(run, tmp_path, c
     assert capsys.readouterr().out.startswith("--- 0\ncab")
 
 
+def test_a_line_of_prompts_ends_at_a_line_break_alone(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LetterTokenizer, "encode", lambda self, text: [ord(letter) % 16 for letter in text])
+    (tmp_path / "lines.txt").write_text("a\u2028b\x0cc\u0085\r\nd\n", encoding="utf-8")
+    assert run("--prompts", str(tmp_path / "lines.txt"), "--json", "--max-new-tokens", "1") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [line["prompt"] for line in lines] == ["a\u2028b\x0cc\u0085", "d"]
+
+
 def test_a_stop_string_ends_the_text_before_it_also_across_tokens(run, capsys):
     words = ["--prompt", "abc", "--max-new-tokens", "8", "--seed", "5"]
     assert run(*words) == 0
