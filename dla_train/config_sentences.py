@@ -120,6 +120,8 @@ def unreadable(word: str, listing: str) -> str:
         return f"{word}: write {flag[1]}={flag[2] or 'VALUE'}, without --; `{listing}` prints every setting"
     if any(word.count(opening) != word.count(closing) for opening, closing in ("[]", "{}", "()")):
         return f"{word} has half of a pair of brackets; quote the whole word, or leave no space inside brackets"
+    if given := re.fullmatch(r"([+~]*[\w./@]+)=([^'\"]+)", word):
+        return f"{word} cannot be read; quote the value, \"{given[1]}='{given[2]}'\"; `{listing}` prints every setting"
     return f"{word} cannot be read; write key=value; `{listing}` prints every setting"
 
 

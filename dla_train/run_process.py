@@ -32,7 +32,7 @@ def command(words: Sequence[str], ranks: int) -> list[str]:
 
 def quoted(value: str) -> str:
     """A string as a value of Hydra's grammar."""
-    if re.fullmatch(r"[\w./+-]+", value):
+    if re.fullmatch(r"[\w./+-]+", value, re.ASCII):  # other letters Hydra reads between quotes alone
         return value
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
     return f"'{escaped}'"

@@ -421,6 +421,7 @@ MISTAKES = {
     "word for a switch": (["train.recompute=maybe"], ["train.recompute", "'maybe'"]),
     "one value for a list": (["data.train=3"], ["data.train=3 is not a list; write data.train=[3]"]),
     "several values": (["optim.lr=1,3"], ["add --multirun to run each", "quote it for one value", "optim.lr='1,3'"]),
+    "letters that need quotes": (["run_dir=Größe"], ["quote the value, \"run_dir='Größe'\""]),
     "no value": (["model.width"], ["key=value"]),
     "list that the shell split": (["data.train=[a,", "b]"], ["data.train=[a, has", "quote the whole word", "no space"]),
     "setting as a flag": (["--optim.lr=3"], ["write optim.lr=3, without --"]),

@@ -119,7 +119,17 @@ def test_a_damaged_point_is_named(sweep) -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    ["runs/a", "/tmp/with space,comma", "it's (here)", "back\\slash", "a=b{c}", "all/optim.lr=0.1", "end\\", "x\\'y"],
+    [
+        "runs/a",
+        "/tmp/with space,comma",
+        "it's (here)",
+        "back\\slash",
+        "a=b{c}",
+        "all/optim.lr=0.1",
+        "end\\",
+        "x\\'y",
+        "Größe",
+    ],
 )
 def test_the_command_of_a_point_composes_to_its_configuration(sweep, folder: str) -> None:
     found, overrides = sweep()
