@@ -15,6 +15,8 @@ from omegaconf import MISSING
 
 from dla_train.config import ConfigError, MemoryConfig, ModelConfig
 
+MODEL_TYPE = "dla"
+"""What config.json of a folder of ours says it is."""
 CONFIG_BYTES = 2**24
 """Largest config.json that is read."""
 
@@ -30,7 +32,7 @@ def read_initial_model(folder: str | Path) -> tuple[ModelConfig, MemoryConfig]:
         raise ConfigError(f"train.initial={folder}: {path} cannot be read: {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"train.initial={folder}: {path} is not JSON; write the folder again") from error
-    if not isinstance(values, dict) or values.get("model_type") != "dla":
+    if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         raise ConfigError(
             f"train.initial={folder} is not a model folder of dla-export or dla-import; make one of a foreign "
             "checkpoint with `dla-import FOLDER --output ...`"

@@ -17,6 +17,7 @@ from dla_train.huggingface.foreign import Source
 from dla_train.huggingface.foreign_gated_deltanet import gated_deltanet, qwen3_next
 from dla_train.huggingface.foreign_mamba2 import mamba2, state_spaces
 from dla_train.huggingface.foreign_parts import Converted
+from dla_train.initial_model import MODEL_TYPE
 
 
 def convert(source: Source, name: str) -> tuple[str, ModelConfig, dict[str, Tensor]]:
@@ -31,6 +32,11 @@ def _kind(source: Source) -> str:
     kind = source.config.values.get("model_type")
     if kind is None and "d_model" in source.config and "n_layer" in source.config:
         return "state-spaces"
+    if kind == MODEL_TYPE:
+        raise FolderError(
+            f"{source.config.origin}: model_type={MODEL_TYPE} is a model folder of this project already; train on from "
+            "it with experiment=upcycle train.initial=FOLDER, under any memory"
+        )
     if not isinstance(kind, str) or kind not in CONVERSIONS:
         known = ", ".join(sorted(CONVERSIONS))
         raise FolderError(f"{source.config.origin}: model_type={str(kind)[:40]} is not one that is known: {known}")

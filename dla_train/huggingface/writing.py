@@ -25,6 +25,7 @@ from dla_train.huggingface.bundle import bundle
 from dla_train.huggingface.errors import FolderError
 from dla_train.huggingface.tokenizer_files import write_tokenizer
 from dla_train.huggingface.verify import Verified, verify_folder
+from dla_train.initial_model import MODEL_TYPE
 from dla_train.models.build import COMPUTE_DTYPES
 from dla_train.models.language_model import LanguageModel
 
@@ -104,7 +105,7 @@ def _config(content: Content, tokenizer: Tokenizer | None, dtype: str) -> dict[s
             tokens["bos_token_id"] = tokenizer.bos_id
     return {
         "architectures": ["DLAForCausalLM"],
-        "model_type": "dla",
+        "model_type": MODEL_TYPE,
         "auto_map": {
             "AutoConfig": "configuration_dla.DLAConfig",
             "AutoModelForCausalLM": "modeling_dla.DLAForCausalLM",
@@ -129,6 +130,7 @@ def _write_weights(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dty
         file_name = "model.safetensors" if alone else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         stored = {PREFIX + name: tensors[name].to(_stored_dtype(tensors[name], dtype)).contiguous() for name in names}
         save_file(stored, folder / file_name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file_name)  # safetensors' own may be read by its owner alone
         places.update(dict.fromkeys(stored, file_name))
     if len(shards) > 1:
         size = sum(_stored_bytes(tensor, dtype) for tensor in tensors.values())

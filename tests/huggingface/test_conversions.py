@@ -114,6 +114,7 @@ REFUSED = [
     ("mamba2", {"use_conv_bias": False}, "no place for: backbone.layers.0.mixer.conv1d.bias, "),
     ("mamba2", {"tie_word_embeddings": True}, "lm_head.weight differs from backbone.embeddings.weight"),
     ("mamba2", {"model_type": "jamba"}, "model_type=jamba is not one that is known: gated_deltanet, mamba2,"),
+    ("mamba2", {"model_type": "dla"}, "is a model folder of this project already; train on .*train.initial=FOLDER"),
     ("mamba2", {"model_type": ["mamba2"]}, "is not one that is known"),
     ("state-spaces", {"ssm_cfg": {}}, "layer=None is Mamba-1"),
     ("state-spaces", {"ssm_cfg": [1]}, r"ssm_cfg=\[1\] is not an object"),

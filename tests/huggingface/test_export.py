@@ -32,6 +32,7 @@ def test_a_run_is_exported_and_verified_by_a_process_without_this_project(run, t
     for name, tensor in model.state_dict().items():
         assert torch.equal(stored[f"model.{name}"], tensor), name
     assert not (tmp_path / "out.partial").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, "all files, weights too, are read"
 
 
 @pytest.mark.parametrize("answer", ["whole", "decoded"])
