@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
     if any(outcomes):
         print(f"report: {write_report(read_results(folder))}")
     if not complete:
-        print(f"stopped; go on with: dla-sweep resume {folder}")
+        print(f"stopped; go on with: dla-sweep resume {shlex.quote(str(folder))}")
         return STOPPED
     return FAILED if any(outcome and outcome.state == "failed" for outcome in outcomes) else 0
 

@@ -88,15 +88,15 @@ def test_a_killed_sweep_goes_on_with_runs_that_it_left_at_work_and_runs_each_poi
 
 
 def test_a_stopped_sweep_saves_its_points_and_goes_on_from_their_checkpoints(words: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "sweep"
-    words = [*words, "train.steps=400", "sweep.baselines={}", "checkpoint=end"]
+    folder = tmp_path / "a sweep"
+    words = [*words, f"sweep.folder='{folder}'", "train.steps=400", "sweep.baselines={}", "checkpoint=end"]
     process = begin(words)
     run_dir = folder / "points/tau_0.7-seed_0"
     wait_for(lambda: (run_dir / "metrics.jsonl").is_file() and bool(numbers_of(run_dir, "loss")), process)
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 75, told
-    assert f"go on with: dla-sweep resume {folder}" in told and "saved" in told
+    assert f"go on with: dla-sweep resume '{folder}'\n" in told and "saved" in told
     status = json.loads((run_dir / "status.json").read_text())
     assert status["state"] == "stopped" and 0 < status["step"] < 400
     assert (run_dir / f"checkpoints/step_{status['step']:08d}/COMPLETE").is_file()
