@@ -2,8 +2,7 @@
 
 Owns the process groups: this is the only place that makes or destroys one. A single process gets a group of one rank
 (over an in-memory store, no port), so every caller takes the same path at any world size; a group that already exists
-is used and left alone. Numbers travel in float64 and decisions as flags, so that every rank reads the same value at
-the same step.
+is used and left alone. Every rank reads the same number, and so takes the same decision, at the same step.
 
 The groups of tensor and context parallelism are megatron-core's (tensor ranks are neighbours, then context, then data),
 made only where one of them is above 1: importing megatron takes seconds.
@@ -105,22 +104,11 @@ class Mesh:
         return total
 
     def max(self, value: float) -> float:
-        """Largest `value` of the ranks."""
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        """Largest `value` of the ranks, through the host: no device is waited for."""
+        largest = torch.tensor(value, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return float(largest)
-
-    def largest(self, number: int) -> int:
-        """Largest `number` of the ranks, through the host: no device is waited for."""
-        found = torch.tensor(number, dtype=torch.int64)
-        if self.size > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank raised `flag`; every rank gets the same answer."""
-        return self.max(float(flag)) > 0
 
     def from_writer(self, value: Any) -> Any:
         """Rank 0's `value` (anything that pickles) on every rank."""

@@ -10,12 +10,10 @@ rank nothing happens: the input itself comes back. Which crossing is right follo
 | reduce_from          | summed                       | as it is                 | the same thing, counted once        |
 | gather_along         | joined                       | summed, own slice        | different parts of the loss         |
 | reduce_scatter_along | summed, own slice            | joined                   | different parts of the loss         |
-| split_along          | own slice (of equal inputs)  | joined                   | different parts of the loss         |
-| collect_along        | joined                       | own slice                | the same thing, counted once        |
 | total                | summed                       | summed                   | different parts of the loss         |
 | exchange             | sliced one way, joined other | the reverse              | different parts of the loss         |
 
-The first six are Megatron-LM's (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2), `exchange` is
+The first four are Megatron-LM's (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2), `exchange` is
 DeepSpeed-Ulysses' (Jacobs et al. 2023). megatron-core's own functions are not used because they allocate their
 buffers on the current CUDA device, so that nothing could be tested without one; these run on CUDA with NCCL and on
 the CPU with gloo by the same calls. Tensors must have the same shape on every rank of the axis; that is not checked,
@@ -69,18 +67,6 @@ def reduce_scatter_along(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return _cross(x, axis, partial(_sum_slice, axis=axis, dim=dim), partial(_join, axis=axis, dim=dim))
 
 
-def split_along(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """x [.., R n, ..], equal on every rank -> own slice [.., n, ..]. Raises ValueError if R does not divide."""
-    dim = _divisible(x, axis, dim, "split_along")
-    return _cross(x, axis, partial(_slice, axis=axis, dim=dim), partial(_join, axis=axis, dim=dim))
-
-
-def collect_along(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """x [.., n, ..] -> [.., R n, ..], joined along `dim` in rank order; all ranks go on alike: gradients are sliced."""
-    dim = _position(x, dim)
-    return _cross(x, axis, partial(_join, axis=axis, dim=dim), partial(_slice, axis=axis, dim=dim))
-
-
 def exchange(x: Tensor, axis: Axis, split_dim: int, join_dim: int) -> Tensor:
     """x [.., R s, .., j, ..] -> [.., s, .., R j, ..]: whole along `split_dim` becomes whole along `join_dim`.
 
@@ -127,12 +113,6 @@ def _join(x: Tensor, axis: Axis, dim: int) -> Tensor:
     joined = x.new_empty(axis.size * x.numel())  # flat: gloo takes no stacked output
     _all_gather(joined, x.contiguous().view(-1), group=axis.process_group())
     return joined.view(axis.size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
-
-
-def _slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    share = x.shape[dim] // axis.size
-    # a copy, or the slice would keep the whole alive
-    return x.narrow(dim, axis.rank * share, share).clone(memory_format=torch.contiguous_format)
 
 
 def _sum_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -67,16 +67,6 @@ OF_TIME = ("*.mixer_norm.weight", "*.mlp_norm.weight", "final_norm.weight")
 """Whole on every rank but used on its own tokens only, where the residual stream is divided along time."""
 
 
-def units_of(unit: str, model: ModelConfig) -> int:
-    """How many of a unit the whole model has."""
-    return {
-        "heads": model.num_heads,
-        "key_heads": model.num_key_heads,
-        "inner": model.mlp_width,
-        "vocab": model.vocab_size,
-    }[unit]
-
-
 def section_of(name: str, model: ModelConfig) -> Section | None:
     """The section that divides tensor `name` of the whole model, or None where every rank has all of it.
 

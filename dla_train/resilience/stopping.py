@@ -44,7 +44,7 @@ class StopSignals:
 
     def agreed(self, mesh: Mesh) -> str:
         """The signal by which the run is to stop now, by name, "" for none: the same on every rank. Collective."""
-        number = mesh.largest(int(self._requested or 0))
+        number = int(mesh.max(self._requested or 0))
         return signal.Signals(number).name if number else ""
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -66,14 +66,6 @@ def _cases() -> dict[str, Case]:
                 lambda x, axis, d=dim: regions.reduce_scatter_along(x, axis, d),
                 lambda xs, d=dim: _own_slices([_added(xs)] * len(xs), d),
             ),
-            f"split_along {dim}": Case(
-                lambda x, axis, d=dim: regions.split_along(x, axis, d),
-                lambda xs, d=dim: _own_slices(xs, d),
-                equal_inputs=True,
-            ),
-            f"collect_along {dim}": Case(
-                lambda x, axis, d=dim: regions.collect_along(x, axis, d), joined, one_loss=True
-            ),
         }
     for dims in ((0, 1), (1, 0), (1, 2), (-1, -2), (2, 0)):
         cases[f"exchange {dims[0]} {dims[1]}"] = Case(
@@ -149,15 +141,11 @@ def cross(axes: Axes, name: str, layout: str, dtype: str, plant: str) -> dict[st
 
 PLANTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "no sum": ("_sum", lambda x, axis: x.clone()),
-    "no sum before the slice": ("_sum_slice", lambda x, axis, dim: regions._slice(x, axis, dim)),
+    "no sum before the slice": ("_sum_slice", lambda x, axis, dim: x.chunk(axis.size, dim)[axis.rank].clone()),
     "own part repeated": ("_join", lambda x, axis, dim: torch.cat([x] * axis.size, dim)),
     "nothing exchanged": (
         "_swap",
         lambda x, axis, split_dim, join_dim: torch.cat(x.chunk(axis.size, split_dim), join_dim),
-    ),
-    "slices in reverse": (
-        "_slice",
-        lambda x, axis, dim: x.chunk(axis.size, dim)[axis.size - 1 - axis.rank].clone(),
     ),
 }
 """Bugs by name: the move of regions.py that is replaced, and by what."""
