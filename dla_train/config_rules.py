@@ -12,8 +12,19 @@ import difflib
 from typing import Any
 
 from dla_train.config import CHOICES, CheckpointConfig, Config, ConfigError, MemoryConfig, ModelConfig
-from dla_train.data_config import check_data
+from dla_train.data_config import check_data, longest_chunk
 from dla_train.evaluation_rules import check_evaluation
+from dla_train.layout_rules import (
+    context_problems,
+    divisors,
+    listed,
+    ranks_along_time,
+    refuse,
+    rows_problem,
+    sequence_problem,
+    tensor_problems,
+    time_problem,
+)
 
 MAX_CAPACITY = 64
 """Most slots a head may keep: the bookkeeping of a chunk is a table of capacity entries per token."""
@@ -28,7 +39,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_model(config.model)
-    _check_tensor_degree(config)
+    _check_layout(config)
     _check_memory(config.model, config.memory)
     _check_ignored_memory_keys(config.memory)
     _check_context(config)
@@ -161,12 +172,11 @@ def _check_numbers(config: Config) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     if model.num_heads % model.num_key_heads:
-        divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
         _reject(
             "model.num_key_heads",
             model.num_key_heads,
             f"does not divide model.num_heads={model.num_heads}",
-            f"choose from {_listed(divisors)}",
+            f"choose from {listed(divisors(model.num_heads))}",
         )
     if model.conv_bias and not model.conv_width:
         rule = "has no convolution to go with where model.conv_width=0"
@@ -187,40 +197,13 @@ def _check_model(model: ModelConfig) -> None:
         _reject("model.conv_width", model.conv_width, rule, "set model.conv_width=0")
 
 
-def _check_tensor_degree(config: Config) -> None:
-    tensor, model = config.parallel.tensor, config.model
-    shared = model.num_key_heads == 1  # one key head is whole on every rank
-    legal = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
-    legal = [n for n in legal if shared or model.num_key_heads % n == 0]
-    for key, value in (("model.num_heads", model.num_heads), ("model.num_key_heads", model.num_key_heads)):
-        if value % tensor and not (shared and key == "model.num_key_heads"):
-            mend = f"choose parallel.tensor from {_listed(legal)}"
-            _reject(key, value, f"is not divisible by parallel.tensor={tensor}", mend)
-    if model.mlp_width % tensor:
-        legal = [n for n in legal if model.mlp_width % n == 0]
-        rule = f"is not divisible by parallel.tensor={tensor}"
-        _reject("model.mlp_width", model.mlp_width, rule, f"choose parallel.tensor from {_listed(legal)}")
-    _check_context_ranks(config)
-    if config.parallel.sequence and tensor == 1:
-        rule = "is set, and divides the residual stream over the tensor ranks, of which there is one"
-        _reject("parallel.sequence", True, rule, "set parallel.sequence=false")
-
-
-def _check_context_ranks(config: Config) -> None:
+def _check_layout(config: Config) -> None:
     """Inside mixers a context rank has whole rows of some heads, outside them some tokens of whole rows."""
-    ranks, tensor, model = config.parallel.context, config.parallel.tensor, config.model
-    for key, count in (("model.num_heads", model.num_heads), ("model.num_key_heads", model.num_key_heads)):
-        local = max(count // tensor, 1)
-        if local % ranks and not (key == "model.num_key_heads" and local == 1):
-            legal = [n for n in range(1, local + 1) if local % n == 0]
-            rule = f"leaves {local} a rank of parallel.tensor={tensor}, not divisible by parallel.context={ranks}"
-            _reject(key, count, rule, f"choose parallel.context from {_listed(legal)}")
-    along_time = ranks * (tensor if config.parallel.sequence else 1)
-    if config.data.context_tokens % along_time:
-        rule = f"is not divisible by the {along_time} ranks along time (parallel.context; x tensor with sequence)"
-        near = config.data.context_tokens // along_time * along_time
-        mend = f"choose {near + along_time}" + (f" or {near}" if near else "")
-        _reject("data.context_tokens", config.data.context_tokens, rule, mend)
+    model, parallel, context_tokens = config.model, config.parallel, config.data.context_tokens
+    refuse(tensor_problems(model, parallel.tensor).values())
+    refuse(context_problems(model, parallel.tensor, parallel.context).values())
+    refuse([time_problem(f"data.context_tokens={context_tokens}", context_tokens, ranks_along_time(parallel))])
+    refuse([sequence_problem(parallel.sequence, parallel.tensor)])
 
 
 def _check_memory(model: ModelConfig, memory: MemoryConfig) -> None:
@@ -250,7 +233,7 @@ def _check_memory(model: ModelConfig, memory: MemoryConfig) -> None:
         _reject("memory.tau_control", "learned", rule, "set memory.gate=soft, or memory.tau_control=rate")
     if memory.chunk_tokens and memory.chunk_tokens not in CHUNKS:
         rule = "is not a legal chunk"
-        _reject("memory.chunk_tokens", memory.chunk_tokens, rule, f"choose 0 (automatic) or {_listed(CHUNKS)}")
+        _reject("memory.chunk_tokens", memory.chunk_tokens, rule, f"choose 0 (automatic) or {listed(CHUNKS)}")
 
 
 def _check_ignored_memory_keys(memory: MemoryConfig) -> None:
@@ -280,8 +263,7 @@ def _check_ignored_memory_keys(memory: MemoryConfig) -> None:
 
 def _check_context(config: Config) -> None:
     context, memory = config.data.context_tokens, config.memory
-    rounded = 1 << (context - 1).bit_length()
-    if memory.chunk_tokens > max(rounded, CHUNKS[0]):
+    if memory.chunk_tokens > longest_chunk(context):
         rule = f"is longer than data.context_tokens={context}"
         _reject("memory.chunk_tokens", memory.chunk_tokens, rule, "choose 0 (automatic) or a shorter chunk")
     longest = longest_context(memory)
@@ -318,15 +300,7 @@ def _check_schedule(config: Config) -> None:
 
 def _check_batch(config: Config, world_size: int) -> None:
     train, ranks = config.train, max(1, world_size // (config.parallel.tensor * config.parallel.context))
-    rows = train.micro_batch_rows * ranks
-    if train.global_batch_rows % rows:
-        per_step = f"train.micro_batch_rows={train.micro_batch_rows} x {ranks} data-parallel rank{'s' * (ranks > 1)}"
-        lower = train.global_batch_rows // rows * rows
-        near = ([lower] if lower else []) + [lower + rows]
-        rule = f"is not a multiple of {per_step}"
-        _reject(
-            "train.global_batch_rows", train.global_batch_rows, rule, f"choose {_listed(near)}, or other micro-batches"
-        )
+    refuse([rows_problem(train.global_batch_rows, train.micro_batch_rows, ranks)])
 
 
 def check_engine(config: Config) -> None:
@@ -393,10 +367,5 @@ def _check_checkpoints(checkpoint: CheckpointConfig) -> None:
         near = [kept // interval * interval] if kept > interval else []
         rule = f"is not a multiple of checkpoint.interval_steps={interval}"
         _reject(
-            "checkpoint.keep_every_steps", kept, rule, f"choose {_listed([*near, (kept // interval + 1) * interval])}"
+            "checkpoint.keep_every_steps", kept, rule, f"choose {listed([*near, (kept // interval + 1) * interval])}"
         )
-
-
-def _listed(values: list[int] | tuple[int, ...]) -> str:
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

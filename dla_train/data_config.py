@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from dla_train.config import Config, ConfigError, DataConfig, ParallelConfig, PhaseConfig
+from dla_train.config import Config, ConfigError, DataConfig, PhaseConfig
+from dla_train.layout_rules import ranks_along_time, refuse, time_problem
 
 PLAIN_SOURCE = "train"
 """Name of the one source that a list of prefixes is."""
@@ -108,24 +109,21 @@ def check_data(config: Config) -> None:
 
 def _check_phase_context(config: Config, key: str, phase: PhaseSettings) -> None:
     """Rows of data.context_tokens are cut into shorter ones, so that a step's tokens and a micro-batch's stay equal."""
-    longest, parallel = config.data.context_tokens, config.parallel
+    longest = config.data.context_tokens
     if phase.context_tokens < 1 or longest % phase.context_tokens:
         rule = f"does not divide data.context_tokens={longest}, the longest of the run, whose rows it cuts"
         raise ConfigError(f"{key} {rule}; choose a divisor, or make data.context_tokens a multiple of every phase's")
     if config.data.packing != "concatenate":
         rule = f"would cut documents that data.packing={config.data.packing} keeps whole"
         raise ConfigError(f"{key} {rule}; set data.packing=concatenate, or one context for the run")
-    _check_divides_over_ranks(key, phase.context_tokens, parallel)
-    if config.memory.chunk_tokens > max(1 << (phase.context_tokens - 1).bit_length(), 16):
-        rule = f"is shorter than memory.chunk_tokens={config.memory.chunk_tokens}"
-        raise ConfigError(f"{key} {rule}; set memory.chunk_tokens=0 (automatic) or a shorter chunk")
+    _check_row(key, phase.context_tokens, config)
 
 
 def _check_segments(config: Config, contexts: set[int]) -> None:
     """Segments cut rows of `contexts` tokens evenly and stand in a row's place for the ranks along time."""
-    size, memory = config.train.segment_tokens, config.memory
+    size = config.train.segment_tokens
     key = f"train.segment_tokens={size}"
-    if memory.policy == "none":
+    if config.memory.policy == "none":
         rule = "carries a recurrent memory from segment to segment, and model.backbone=attention has none"
         raise ConfigError(f"{key} {rule}; leave it at 0")
     if size >= max(contexts):
@@ -133,17 +131,21 @@ def _check_segments(config: Config, contexts: set[int]) -> None:
     uneven = [context for context in sorted(contexts) if context > size and context % size]
     if uneven:
         raise ConfigError(f"{key} does not divide rows of {uneven[0]} tokens (data.context_tokens); choose a divisor")
-    _check_divides_over_ranks(key, size, config.parallel)
-    if memory.chunk_tokens > max(1 << (size - 1).bit_length(), 16):
-        rule = f"is shorter than memory.chunk_tokens={memory.chunk_tokens}"
+    _check_row(key, size, config)
+
+
+def _check_row(key: str, tokens: int, config: Config) -> None:
+    """What holds of any run of tokens that goes through the model at once; `key` is the setting that gives it."""
+    ranks, chunk = ranks_along_time(config.parallel), config.memory.chunk_tokens
+    refuse([time_problem(key, tokens, ranks, f"choose a multiple of {ranks}")])
+    if chunk > longest_chunk(tokens):
+        rule = f"is shorter than memory.chunk_tokens={chunk}"
         raise ConfigError(f"{key} {rule}; set memory.chunk_tokens=0 (automatic) or a shorter chunk")
 
 
-def _check_divides_over_ranks(key: str, tokens: int, parallel: ParallelConfig) -> None:
-    along_time = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    if tokens % along_time:
-        rule = f"is not divisible by the {along_time} ranks along time (parallel.context; x tensor with sequence)"
-        raise ConfigError(f"{key} {rule}; choose a multiple of {along_time}")
+def longest_chunk(tokens: int) -> int:
+    """Of rows of so many tokens: the power of two that holds them, 16 or more."""
+    return max(1 << (tokens - 1).bit_length(), 16)
 
 
 def _source(index: int, entry: Any, phased: bool) -> SourceSettings:

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
     {"dla_kernels", "config", "intervals", "durable"},
-    {"data_config", "evaluation_rules"},
+    {"layout_rules", "evaluation_rules"},
+    {"data_config"},
     {"config_rules", "config_sentences", "group_choices", "initial_model", "start_clock", "run_process", "trackers"},
     {"hydra_app"},
     {"multirun"},
@@ -41,7 +42,15 @@ DOORS = {  # third party: path prefixes that may import it
     "optuna": ("dla_train/sweep/",),
     "lm_eval": ("dla_train/harness/",),
 }
-WITHOUT_TORCH = ("config", "data_config", "evaluation_rules", "config_rules", "group_choices", "initial_model")
+WITHOUT_TORCH = (
+    "config",
+    "layout_rules",
+    "data_config",
+    "evaluation_rules",
+    "config_rules",
+    "group_choices",
+    "initial_model",
+)
 
 
 def component(module: str) -> str:

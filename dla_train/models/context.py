@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dla_train.config import ConfigError, ModelConfig
+from dla_train.config import ConfigError
 from dla_train.parallel.axes import Axes, Axis
 from dla_train.parallel.regions import exchange, gather_along
 
@@ -36,18 +36,3 @@ def own_time(x: Tensor, axes: Axes) -> Tensor:
             f"{axes.context.size}, parallel.sequence={axes.sequence}); choose data.context_tokens a multiple of {ranks}"
         )
     return x.chunk(axes.context.size, dim=1)[axes.context.rank]
-
-
-def check_context(model: ModelConfig, axes: Axes) -> None:
-    """Raises ConfigError where the heads of a tensor rank do not divide over the context ranks, with what would."""
-    ranks = axes.context.size
-    for key, count in (("num_heads", model.num_heads), ("num_key_heads", model.num_key_heads)):
-        if key == "num_key_heads" and count == 1:
-            continue
-        local = count // axes.tensor.size
-        if local % ranks and not (key == "num_key_heads" and local == 1):
-            legal = ", ".join(str(n) for n in range(1, local + 1) if local % n == 0)
-            raise ConfigError(
-                f"model.{key}={count} leaves {local} heads on each of parallel.tensor={axes.tensor.size} ranks, not "
-                f"divisible by parallel.context={ranks}; choose parallel.context from {legal}"
-            )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.layout_rules import context_problems, refuse
 from dla_train.models.block import Block, enter
-from dla_train.models.context import check_context, own_time
+from dla_train.models.context import own_time
 from dla_train.models.linear import Embedding, Linear, RMSNorm
 from dla_train.models.loss import next_token_loss, next_token_nats
 from dla_train.models.mixer import Cache, Documents, Mixer, Observer, PlanRecord
@@ -55,7 +56,7 @@ class LanguageModel(nn.Module):
         """
         super().__init__()
         self.axes = axes = Axes.single() if axes is None else axes
-        check_context(model, axes)
+        refuse(context_problems(model, axes.tensor.size, axes.context.size).values())
         rows = local_model(model, axes.tensor.size).vocab_size
         self.model_config, self.memory_config = model, memory
         self.compute_dtype, self.recompute = compute_dtype, recompute

@@ -26,6 +26,7 @@ import torch.distributed.nn.functional  # its defaults would hold a group that e
 from torch import Tensor
 
 from dla_train.config import Config, ConfigError
+from dla_train.layout_rules import divisors, listed
 from dla_train.parallel.axes import Axes, Axis
 from dla_train.parallel.cores import bind_cores
 
@@ -209,7 +210,7 @@ def _divide(tensor: int, context: int, sequence: bool, timeout_minutes: float) -
     if ranks % (tensor * context):
         raise ConfigError(
             f"parallel.tensor={tensor} x parallel.context={context} does not divide the {ranks} processes of this run; "
-            f"start a multiple of {tensor * context}, or choose a product from {_divisors(ranks)}"
+            f"start a multiple of {tensor * context}, or choose a product from {listed(divisors(ranks))}"
         )
     if tensor * context == 1:
         every = Axis.single() if ranks == 1 else _axis(dist.group.WORLD)
@@ -257,7 +258,3 @@ def _check_same_layout(groups: ModuleType, tensor: int, context: int) -> None:
             f"parallel.tensor={tensor} and parallel.context={context} were asked for while groups of tensor="
             f"{started[0]} and context={started[1]} exist; leave the mesh that made them first"
         )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(part) for part in range(1, number + 1) if number % part == 0)

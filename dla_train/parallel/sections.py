@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dla_train.config import ConfigError, ModelConfig
+from dla_train.config import ModelConfig
+from dla_train.layout_rules import refuse, tensor_problems
 from dla_train.parallel.axes import Axis
 from dla_train.parallel.vocab import padded_vocab
 
@@ -94,10 +95,7 @@ def local_model(model: ModelConfig, ranks: int) -> ModelConfig:
     """
     if ranks == 1:
         return model
-    for key, count in (("num_heads", model.num_heads), ("mlp_width", model.mlp_width)):
-        _check_divides(f"model.{key}", count, ranks)
-    if model.num_key_heads > 1:
-        _check_divides("model.num_key_heads", model.num_key_heads, ranks)
+    refuse(tensor_problems(model, ranks).values())
     return dataclasses.replace(
         model,
         num_heads=model.num_heads // ranks,
@@ -105,14 +103,6 @@ def local_model(model: ModelConfig, ranks: int) -> ModelConfig:
         mlp_width=model.mlp_width // ranks,
         vocab_size=padded_vocab(model.vocab_size, ranks) // ranks,
     )
-
-
-def _check_divides(key: str, count: int, ranks: int) -> None:
-    if count % ranks:
-        legal = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-        raise ConfigError(
-            f"{key}={count} is not divisible by parallel.tensor={ranks}; choose parallel.tensor from {legal}"
-        )
 
 
 def whole_shape(name: str, part: torch.Size | tuple[int, ...], model: ModelConfig, ranks: int) -> tuple[int, ...]:

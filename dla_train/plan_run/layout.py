@@ -14,6 +14,14 @@ from functools import partial
 from dla_train.config import Config, ConfigError
 from dla_train.config_rules import check_engine, validate
 from dla_train.data_config import segments_of_a_row
+from dla_train.layout_rules import (
+    context_problems,
+    ranks_along_time,
+    rows_problem,
+    sequence_problem,
+    tensor_problems,
+    time_problem,
+)
 from dla_train.parallel.vocab import padded_vocab
 
 
@@ -138,69 +146,37 @@ def _check_ranks(layout: Layout) -> Check:
 
 def _check_tensor(config: Config, layout: Layout) -> list[Check]:
     model, ranks = config.model, layout.tensor
-    counts = {"model.num_heads": model.num_heads, "model.mlp_width": model.mlp_width}
-    if model.num_key_heads > 1:
-        counts["model.num_key_heads"] = model.num_key_heads
-    legal = [n for n in _divisors(model.num_heads) if all(count % n == 0 for count in counts.values())]
-    found = [Check(f"{key}={count} over parallel.tensor={ranks}") for key, count in counts.items()]
-    for index, (key, count) in enumerate(counts.items()):
-        if count % ranks:
-            mend = f"choose parallel.tensor from {_listed(legal)}"
-            problem = f"{key}={count} is not divisible by parallel.tensor={ranks}; {mend}"
-            found[index] = dataclasses.replace(found[index], problem=problem)
-    rows = padded_vocab(model.vocab_size, ranks)
-    found.append(
-        Check(f"model.vocab_size={model.vocab_size} over parallel.tensor={ranks}: {rows // ranks} rows a rank")
-    )
-    if layout.sequence and ranks == 1:
-        what = "is set, and divides the residual stream over the tensor ranks, of which there is one"
-        found.append(Check("sequence", f"parallel.sequence=True {what}; set parallel.sequence=false"))
+    over = f"over parallel.tensor={ranks}"
+    found = [Check(f"{setting} {over}", problem) for setting, problem in tensor_problems(model, ranks).items()]
+    rows = padded_vocab(model.vocab_size, ranks) // ranks
+    found.append(Check(f"model.vocab_size={model.vocab_size} {over}: {rows} rows a rank"))
+    if problem := sequence_problem(layout.sequence, ranks):
+        found.append(Check("sequence", problem))
     return found
 
 
 def _check_context(config: Config, layout: Layout) -> list[Check]:
-    found: list[Check] = []
     if config.model.num_heads % layout.tensor:
-        return found  # what context ranks would divide is not settled
-    for key, count in (
-        ("model.num_heads", config.model.num_heads),
-        ("model.num_key_heads", config.model.num_key_heads),
-    ):
-        own = max(count // layout.tensor, 1)
-        rule = f"{key}: {own} a tensor rank over parallel.context={layout.context}"
-        shared = key == "model.num_key_heads" and own == 1  # one key head goes to every rank
-        problem = ""
-        if own % layout.context and not shared:
-            what = f"leaves {own} a rank of parallel.tensor={layout.tensor}, not divisible by"
-            mend = f"choose parallel.context from {_listed(_divisors(own))}"
-            problem = f"{key}={count} {what} parallel.context={layout.context}; {mend}"
-        found.append(Check(rule, problem))
-    return found
+        return []  # what context ranks would divide is not settled
+    problems = context_problems(config.model, layout.tensor, layout.context)
+    over = f"over parallel.tensor={layout.tensor} x parallel.context={layout.context}"
+    return [Check(f"{setting} {over}", problem) for setting, problem in problems.items()]
 
 
 def _check_time(config: Config, layout: Layout) -> Check:
-    context = config.data.context_tokens
-    ranks = layout.context * (layout.tensor if layout.sequence else 1)
+    context, ranks = config.data.context_tokens, ranks_along_time(layout.onto(config).parallel)
     rule = f"data.context_tokens={context} over {ranks} ranks along time"
-    if context % ranks == 0:
-        return Check(rule)
-    near = context // ranks * ranks
-    mend = f"choose {near + ranks}" + (f" or {near}" if near else "")
-    what = f"is not divisible by the {ranks} ranks along time (parallel.context; x tensor with sequence)"
-    return Check(rule, f"data.context_tokens={context} {what}; {mend}")
+    return Check(rule, time_problem(f"data.context_tokens={context}", context, ranks))
 
 
 def _check_rows(config: Config, layout: Layout) -> Check:
     rows, step = config.train.global_batch_rows, layout.micro_batch_rows * layout.data
     rule = f"train.global_batch_rows={rows} over {layout.data} data ranks in micro-batches of {layout.micro_batch_rows}"
-    if rows % step == 0:
-        return Check(rule, of_sizes=False)
-    lower = rows // step * step
-    mend = f"choose {lower} or {lower + step}, or other micro-batches" if lower else f"choose {step} or more"
-    if not lower and layout.world_size * layout.micro_batch_rows % rows == 0:
-        mend += f", or parallel.tensor x parallel.context = {layout.world_size * layout.micro_batch_rows // rows}"
-    what = f"is not a multiple of train.micro_batch_rows={layout.micro_batch_rows} x {layout.data} data-parallel ranks"
-    return Check(rule, f"train.global_batch_rows={rows} {what}; {mend}", of_sizes=False)
+    problem = rows_problem(rows, layout.micro_batch_rows, layout.data)
+    ranks = layout.world_size * layout.micro_batch_rows
+    if rows < step and ranks % rows == 0:
+        problem += f", or parallel.tensor x parallel.context = {ranks // rows}"
+    return Check(rule, problem, of_sizes=False)
 
 
 def _check_engine(config: Config, layout: Layout) -> Check:
@@ -240,12 +216,3 @@ def _problem(rules: Callable[[Config], None], config: Config) -> str:
     except ConfigError as error:
         return str(error)
     return ""
-
-
-def _divisors(count: int) -> list[int]:
-    return [n for n in range(1, count + 1) if count % n == 0]
-
-
-def _listed(values: list[int]) -> str:
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

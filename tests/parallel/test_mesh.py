@@ -78,7 +78,7 @@ def test_a_layout_that_does_not_divide_the_processes_is_refused(outcomes: Outcom
     for found in outcomes.of(OTHERS[2]):
         assert found["refused"] == (
             "parallel.tensor=3 x parallel.context=2 does not divide the 4 processes of this run; start a multiple of "
-            "6, or choose a product from 1, 2, 4"
+            "6, or choose a product from 1, 2 or 4"
         )
 
 
