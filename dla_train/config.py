@@ -385,3 +385,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.resume": ("auto", "never", "required"),
 }
 """Legal strings of every key that is a choice."""
+
+TAU_RANGE = (0.1, 1.3)
+"""Of memory.tau, and of a learned one: above sqrt(2) hardly any token drifts far enough, below 0.1 nearly every one."""

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from dla_train.config import CHOICES, CheckpointConfig, Config, ConfigError, MemoryConfig, ModelConfig
+from dla_train.config import CHOICES, TAU_RANGE, CheckpointConfig, Config, ConfigError, MemoryConfig, ModelConfig
 from dla_train.data_config import check_data, longest_chunk
 from dla_train.evaluation_rules import check_evaluation
 from dla_train.layout_rules import (
@@ -28,8 +28,6 @@ from dla_train.layout_rules import (
 
 MAX_CAPACITY = 64
 """Most slots a head may keep: the bookkeeping of a chunk is a table of capacity entries per token."""
-TAU_RANGE = (0.1, 1.3)
-"""Above sqrt(2) hardly any token drifts far enough, below 0.1 nearly every one does."""
 CHUNKS = (16, 32, 64, 128, 256)
 """Legal chunk lengths in tokens."""
 

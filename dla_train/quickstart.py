@@ -18,7 +18,7 @@ from pathlib import Path
 from data_prep.sources import PrepareError
 from data_prep.stdlib_files import prepare_stdlib_files
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.checkpoint.folders import complete_steps
+from dla_train.checkpoint.folders import checkpoints_of, complete_steps
 from dla_train.config import Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.indexed import TokenFiles
@@ -34,6 +34,7 @@ from dla_train.hydra_app import compose
 from dla_train.inspect_memory.history import inspect_text
 from dla_train.inspect_memory.merge_map import plot_merge_map
 from dla_train.run_process import exit_code
+from dla_train.trackers import METRICS_FILE
 
 PROMPT = "def parse_arguments(self, "
 MAP_CHARACTERS = 1200
@@ -67,7 +68,7 @@ def quickstart(overrides: list[str]) -> int:
         prepare_stdlib_files(config.data.tokenizer, config.model.vocab_size)
     with _timed("2/4 training, stopped half way and resumed in a new process", seconds):
         half = config.train.steps // 2
-        trained = max(complete_steps(Path(config.run_dir) / "checkpoints"), default=0)
+        trained = max(complete_steps(checkpoints_of(config.run_dir)), default=0)
         # the last part always runs: a finished run ends at once, and one of other settings is refused
         for stop in (half, config.train.steps)[trained >= half :]:
             status = _train(overrides, stop)
@@ -142,7 +143,7 @@ def draw(config: Config, entropy: object, resumed_at: int) -> list[Path]:
     curve, drawn = run / "loss_curve.png", run / "merge_map.png"
     title = f"{config.model.name} x {config.memory.policy} on Python's standard library"
     plot_loss_curve(
-        run / "metrics.jsonl",
+        run / METRICS_FILE,
         curve,
         title=title,
         levels={"unigram entropy": float(str(entropy))},

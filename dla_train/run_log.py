@@ -11,14 +11,13 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import Config
 from dla_train.evaluate.held_out import HeldOut
 from dla_train.metrics import PhaseClock, SpeedMeter
 from dla_train.parallel.mesh import Mesh
 from dla_train.start_clock import StartClock
 from dla_train.telemetry import MemoryLook, MemoryTelemetry
-from dla_train.trackers import JsonLines, open_sinks, read_lines
+from dla_train.trackers import METRICS_FILE, JsonLines, open_sinks, read_lines
 
 logger = logging.getLogger("dla_train.train")
 

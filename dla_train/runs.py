@@ -21,11 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.checkpoint.folders import complete_steps
-from dla_train.checkpoint.run_directory import CONFIG_FILE, METRICS_FILE, RUN_FILE
+from dla_train.checkpoint.folders import checkpoints_of, complete_steps
+from dla_train.checkpoint.run_directory import CONFIG_FILE, RUN_FILE
 from dla_train.checkpoint.run_lock import LOCK_FILE, seems_held
 from dla_train.resilience.exit_codes import STATUS_FILE, read_status
-from dla_train.trackers import read_lines
+from dla_train.trackers import METRICS_FILE, read_lines
 
 _EXAMPLES = """examples:
   dla-runs                            # every run below runs/
@@ -62,7 +62,7 @@ def read_run(run_dir: Path) -> RunState:
     """How the run in `run_dir` stands. A file that cannot be read makes it `damaged`; nothing raises."""
     try:
         status, lines = read_status(run_dir) or {}, read_lines(run_dir / METRICS_FILE)
-        saved = max(complete_steps(run_dir / "checkpoints"), default=None)
+        saved = max(complete_steps(checkpoints_of(run_dir)), default=None)
         steps = _steps(run_dir)
     except (ValueError, OSError, CheckpointError, OmegaConfBaseException, YAMLError) as error:
         reason = str(error).splitlines()[0]

@@ -20,6 +20,8 @@ from dla_train.durable import write_atomically
 
 logger = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -149,7 +151,7 @@ def wandb_run_id(run_dir: str) -> str:
 def open_sinks(config: Config, resumed_step: int) -> list[Sink]:
     """The sinks that logging.* asks for; call on rank 0 only, after run_dir exists."""
     run_dir = Path(config.run_dir)
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", resumed_step)]
+    sinks: list[Sink] = [JsonLines(run_dir / METRICS_FILE, resumed_step)]
     if config.logging.tensorboard:
         sinks.append(TensorBoard(run_dir, resumed_step))
     if config.logging.wandb:

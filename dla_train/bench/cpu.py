@@ -26,7 +26,7 @@ from dla_kernels import dla_attention, plan_memory
 from dla_kernels.bench.inputs import TAU, Shape, boundary_rate, layer_inputs
 from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
-from dla_train.trackers import read_lines
+from dla_train.trackers import METRICS_FILE, read_lines
 from dla_train.train import train
 
 BACKBONES = ("mamba2", "gated_deltanet")
@@ -143,7 +143,7 @@ def trainer_overhead(steps: int) -> dict[str, Any]:
                 ]
             )
         )
-        lines = [line for line in read_lines(Path(folder, "run", "metrics.jsonl")) if "overhead" in line]
+        lines = [line for line in read_lines(Path(folder, "run", METRICS_FILE)) if "overhead" in line]
     shares = [line["overhead"] for line in lines[2:]]
     return {"median": statistics.median(shares), "least": min(shares), "most": max(shares), "steps": len(shares)}
 

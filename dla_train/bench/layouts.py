@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_prep.stdlib_files import prepare_stdlib_files
 from dla_kernels.markdown import markdown_table
 from dla_train.hydra_app import compose
-from dla_train.trackers import read_lines
+from dla_train.trackers import METRICS_FILE, read_lines
 
 RANKS = 4
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -62,7 +62,7 @@ def _overhead(overrides: tuple[str, ...], steps: int) -> dict[str, Any]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m", "dla_train.train"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         subprocess.run([sys.executable, *launcher, *arguments], check=True, env=environment)
-        lines = [line for line in read_lines(Path(folder, "run", "metrics.jsonl")) if "overhead" in line][WARM_UP:]
+        lines = [line for line in read_lines(Path(folder, "run", METRICS_FILE)) if "overhead" in line][WARM_UP:]
     shares = [line["overhead"] for line in lines]
     return {
         "median": statistics.median(shares),

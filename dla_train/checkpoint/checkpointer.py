@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
 from dla_train.checkpoint.folders import (
     checkpoint_folder,
+    checkpoints_of,
     complete_steps,
     partial_folder,
     remove_incomplete,
@@ -68,7 +68,7 @@ class Checkpointer:
     def __init__(self, config: Config, mesh: Mesh, lock: RunLock | None = None) -> None:
         """`lock`, on rank 0: nothing is committed or deleted after it was lost."""
         self._config, self._mesh, self._lock = config, mesh, lock
-        self.root = Path(config.run_dir) / "checkpoints"
+        self.root = checkpoints_of(config.run_dir)
         self._staging = Staging(mesh.rank, mesh.size, mesh.device)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")
         self._saving: BackgroundSave | None = None

@@ -22,6 +22,7 @@ from dla_train.checkpoint.errors import CheckpointError
 from dla_train.checkpoint.folders import (
     Found,
     checkpoint_folder,
+    checkpoints_of,
     find_checkpoints,
     folders_set_aside,
     outdated_steps,
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(options: argparse.Namespace) -> int:
-    found, aside = _found(options.run), folders_set_aside(_root(options.run))
+    found, aside = _found(options.run), folders_set_aside(checkpoints_of(options.run))
     rows = [(str(one.step), _size(one.folder), _age(one.folder), _state(one.fault)) for one in found]
     rows += [(folder.name, _size(folder), "", "set aside as damaged") for folder in aside]
     _print_table(("step", "size", "age", "state"), rows)
@@ -129,7 +130,7 @@ def _verify(options: argparse.Namespace) -> int:
     chosen = [one for one in found if options.step in (None, one.step)]
     if not chosen:
         there = f" of step {options.step}; choose from {', '.join(str(one.step) for one in found)}" if found else ""
-        raise CheckpointError(f"{_root(options.run)} holds no complete checkpoint{there}")
+        raise CheckpointError(f"{checkpoints_of(options.run)} holds no complete checkpoint{there}")
     damaged = 0
     for one in chosen:
         fault = _check(one)
@@ -153,7 +154,7 @@ def _check(found: Found) -> CheckpointError | None:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    root = _root(options.run)
+    root = checkpoints_of(options.run)
     steps = [one.step for one in _found(options.run) if one.fault is None]
     folders = [checkpoint_folder(root, step) for step in outdated_steps(steps, options.keep_last, options.keep_every)]
     aside = folders_set_aside(root) if options.damaged else []
@@ -168,15 +169,11 @@ def _prune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _root(run: Path) -> Path:
-    return run / "checkpoints"
-
-
 def _found(run: Path) -> list[Found]:
     """The folders with a marker. Raises CheckpointError where the run has no folder of checkpoints."""
-    if not _root(run).is_dir():
+    if not checkpoints_of(run).is_dir():
         raise CheckpointError(f"{run} holds no folder checkpoints; give the run_dir of a run")
-    return find_checkpoints(_root(run))
+    return find_checkpoints(checkpoints_of(run))
 
 
 def _state(fault: CheckpointError | None) -> str:

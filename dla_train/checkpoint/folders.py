@@ -34,6 +34,11 @@ class Found:
     """Why it cannot be used, by its manifest and the sizes of its files; None if nothing speaks against it."""
 
 
+def checkpoints_of(run_dir: str | Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return Path(run_dir) / "checkpoints"
+
+
 def checkpoint_folder(root: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
     return root / f"step_{step:08d}"

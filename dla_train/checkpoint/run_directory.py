@@ -25,11 +25,12 @@ from dla_train.checkpoint.manifest import parse_json, read_small
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.config import Config
 from dla_train.durable import write_atomically
+from dla_train.trackers import METRICS_FILE
 
 if TYPE_CHECKING:
     from dla_train.parallel.mesh import Mesh
 
-RUN_FILE, CONFIG_FILE, METRICS_FILE = "run.json", "config.yaml", "metrics.jsonl"
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 _FREE = {"model": ("name",), "memory": ("backend", "chunk_tokens")}
 _SHOWN = 5
 _FIRST = ("model.backbone", "memory.policy")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dla_train.checkpoint.errors import CheckpointError, DamagedError
-from dla_train.checkpoint.folders import find_checkpoints
+from dla_train.checkpoint.folders import checkpoints_of, find_checkpoints
 from dla_train.checkpoint.manifest import (
     MARKER,
     TRAINER,
@@ -94,7 +94,7 @@ def open_step(run_dir: str | Path, step: int | None = None) -> tuple[StoredCheck
 
     Raises CheckpointError where it is absent, naming those there are, or cannot be used.
     """
-    root = Path(run_dir) / "checkpoints"
+    root = checkpoints_of(run_dir)
     found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(root)}
     usable = [number for number, checkpoint in found.items() if checkpoint.fault is None]
     if not found:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dla_train.config import ConfigError
 from dla_train.data.indexed import TokenFiles
 from dla_train.models.language_model import LanguageModel
-from dla_train.models.loss import IGNORED
+from dla_train.parallel.vocab import IGNORED
 
 
 @dataclass(frozen=True)

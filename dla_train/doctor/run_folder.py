@@ -11,7 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
-from dla_train.checkpoint.folders import complete_steps
+from dla_train.checkpoint.folders import checkpoints_of, complete_steps
 from dla_train.checkpoint.run_directory import find_objection, run_identity
 from dla_train.checkpoint.run_lock import LOCK_FILE, seems_held
 from dla_train.config import CheckpointConfig, Config
@@ -41,7 +41,7 @@ def check_run_folder(config: Config, sources: DataSources | None) -> list[Findin
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         mend = "give this user the right to, or choose another run_dir"
         return [Finding("run_dir", FAILED, f"{folder} cannot be written; {mend}")]
-    steps = complete_steps(run_dir / "checkpoints")
+    steps = complete_steps(checkpoints_of(run_dir))
     state = f"goes on after step {steps[-1]}" if steps else "begins"
     return [Finding("run_dir", OK, f"the run {state} in {run_dir}"), _room(config, folder)]
 
@@ -85,7 +85,7 @@ def checkpoints_kept(checkpoint: CheckpointConfig, steps: int) -> int:
 
 def _room(config: Config, folder: Path) -> Finding:
     size, kept = checkpoint_bytes(config), checkpoints_kept(config.checkpoint, config.train.steps)
-    there = sum(path.stat().st_size for path in (Path(config.run_dir) / "checkpoints").glob("step_*/tensors/*"))
+    there = sum(path.stat().st_size for path in checkpoints_of(config.run_dir).glob("step_*/tensors/*"))
     need, free = max(size * kept - there, size), shutil.disk_usage(folder).free
     what = f"{_gb(free)} free in {folder}; {kept} checkpoint(s) of {_gb(size)} need {_gb(need)} more"
     mend = "free some room, set checkpoint.keep_last or keep_every_steps to keep fewer, or choose another run_dir"

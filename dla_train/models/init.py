@@ -33,10 +33,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.config import TAU_RANGE, MemoryConfig, ModelConfig
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.linear import no_decay
-from dla_train.models.memory_reads import LEARNED_TAU_RANGE
 from dla_train.parallel.sections import part_of, whole_shape
 
 Rule = Callable[[tuple[int, ...], torch.Generator, ModelConfig, MemoryConfig], Tensor]
@@ -72,7 +71,7 @@ def _step_bias(shape: tuple[int, ...], generator: torch.Generator, model: ModelC
 
 def _tau_logit(model: ModelConfig, memory: MemoryConfig) -> float:
     """theta for which the bounded threshold equals memory.tau; a tau on a bound is taken just inside it."""
-    low, high = LEARNED_TAU_RANGE
+    low, high = TAU_RANGE
     share = min(max((memory.tau - low) / (high - low), 1e-3), 1 - 1e-3)
     return math.log(share / (1 - share))
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dla_kernels import MemoryPlan, MergeCache, content_read_weights, l2_normalize, log_linear_levels, slot_affinity
-from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.config import TAU_RANGE, MemoryConfig, ModelConfig
 from dla_train.models.backbone import ShortConv, StateInputs, own_heads, split_dims, split_heads
 from dla_train.models.context import to_heads
 from dla_train.models.linear import Linear, exact, no_decay, wide_dtype
@@ -26,10 +26,8 @@ from dla_train.parallel.axes import Axis
 
 SOFTPLUS_ONE = math.log(math.e - 1)
 """softplus(SOFTPLUS_ONE) == 1, exactly in float32."""
-LEARNED_TAU_RANGE = (0.1, 1.3)
-"""Bounds of a learned tau: above sqrt(2) hardly anything is a boundary and no gradient brings it back."""
 CONTROLLED_TAU_RANGE = (0.02, 1.98)
-"""Bounds of a controlled tau. Wider: unrelated tokens score near sqrt(2), low rates need more; a controller returns."""
+"""Bounds of a controlled tau, wider: unrelated tokens score near sqrt(2), low rates need more; a controller returns."""
 
 
 class Tau(nn.Module):
@@ -48,7 +46,7 @@ class Tau(nn.Module):
     def forward(self) -> Tensor:
         """[H] float32; carries a gradient only where it is learned."""
         if self.learned:
-            low, high = LEARNED_TAU_RANGE
+            low, high = TAU_RANGE  # beyond it no gradient brings a learned tau back
             return low + (high - low) * exact(self.theta).sigmoid()
         return self.value
 

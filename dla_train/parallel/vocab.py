@@ -27,7 +27,7 @@ from dla_train.parallel.axes import Axis
 from dla_train.parallel.regions import reduce_from, reduce_scatter_along
 
 IGNORED = -100
-"""Target of a position that has none; the same number as in models/loss.py and data/packing.py."""
+"""Target of a position that has none: what PyTorch's cross-entropy ignores; data/packing.py, without torch, too."""
 ROWS_MULTIPLE = 128
 """Rows of a rank are a multiple of this: full tiles of the head's matrix product, as in Megatron-LM."""
 

@@ -13,13 +13,12 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import ConfigError
 from dla_train.durable import write_atomically
 from dla_train.hydra_app import MISTAKE
 from dla_train.resilience.exit_codes import DIVERGED, HUNG, STATUS_FILE, read_status
 from dla_train.sweep.launchers import OUTPUT_FILE, START_FILE, START_LINE
-from dla_train.trackers import read_lines
+from dla_train.trackers import METRICS_FILE, read_lines
 
 OUTCOME_FILE = "outcome.json"
 _TAIL_BYTES = 20_000

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.checkpoint.run_directory import CONFIG_FILE, METRICS_FILE
+from dla_train.checkpoint.run_directory import CONFIG_FILE
 from dla_train.checkpoint.stored import open_step
 from dla_train.config import ConfigError
 from dla_train.hydra_app import config_from_dict
@@ -24,7 +24,7 @@ from dla_train.models.cost import cache_bytes, parameter_count
 from dla_train.runs import read_run
 from dla_train.sweep.outcomes import Outcome, read_outcome
 from dla_train.sweep.points import Point
-from dla_train.trackers import read_lines
+from dla_train.trackers import METRICS_FILE, read_lines
 
 CURVE_POINTS = 128
 """Most points of a kept curve: a picture shows no more."""

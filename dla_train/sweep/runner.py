@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dla_train.checkpoint.run_directory import METRICS_FILE
 from dla_train.config import Config, ConfigError
 from dla_train.sweep.definition import SweepConfig
 from dla_train.sweep.launchers import Job, Launcher
@@ -32,7 +31,7 @@ from dla_train.sweep.outcomes import (
 )
 from dla_train.sweep.points import Point, Setting, check_points, points_of, run_words, write_point
 from dla_train.sweep.tpe import Study
-from dla_train.trackers import read_lines
+from dla_train.trackers import METRICS_FILE, read_lines
 
 LOOK_SECONDS = 0.1
 """How often processes are looked at; a signal is heard at once."""

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dla_train.data.packing import IGNORED_TARGET
-from dla_train.models.loss import IGNORED as IGNORED_BY_MODELS
 from dla_train.models.loss import next_token_loss
 from dla_train.parallel.axes import Axis
 from dla_train.parallel.vocab import IGNORED, embed, padded_vocab, real_rows, vocab_parallel_loss
@@ -131,4 +130,4 @@ def test_too_few_rows_for_the_vocabulary_are_refused() -> None:
 
 
 def test_every_part_of_the_code_ignores_the_same_target() -> None:
-    assert IGNORED == IGNORED_BY_MODELS == IGNORED_TARGET
+    assert IGNORED == IGNORED_TARGET
