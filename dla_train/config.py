@@ -113,9 +113,26 @@ class MemoryConfig:
         return self.read in ("slot", "content")
 
     @property
+    def read_outputs(self) -> int:
+        """Read weights that are learned per head, by level or recency rank."""
+        if not self.weighs_slots:
+            return 0
+        return self.levels if self.policy == "log_linear" else self.capacity
+
+    @property
     def routes(self) -> bool:
         """Whether slots are read by content."""
         return self.read in ("content", "content_only")
+
+    @property
+    def gated(self) -> bool:
+        """Whether boundaries carry a gate in training: decided by drift, between several slots."""
+        return self.policy == "dla" and self.gate != "hard" and self.capacity > 1
+
+    @property
+    def softly_gated(self) -> bool:
+        """Whether training reads boundaries otherwise than inference; `straight_through` differs backward alone."""
+        return self.gated and self.gate == "soft"
 
 
 @dataclass

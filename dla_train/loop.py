@@ -24,7 +24,6 @@ from dla_train.engine import Engine
 from dla_train.evaluate.bands import Bands
 from dla_train.evaluate.held_out import Forward, HeldOut, held_out_loss
 from dla_train.models.language_model import LanguageModelOutput
-from dla_train.models.recurrent import has_soft_gate
 from dla_train.optim import gate_temperature, learning_rate
 from dla_train.parallel.mesh import Mesh
 from dla_train.resilience.diagnosis import first_not_finite
@@ -249,7 +248,7 @@ class Loop:
             nats=module.token_nats,
             axes=axes,
             bands=Bands.of(self.config.data.context_tokens, train.validation_band_edges_tokens),
-            soft_forward=self._soft_forward(step) if has_soft_gate(self.config.memory) else None,
+            soft_forward=self._soft_forward(step) if self.config.memory.softly_gated else None,
             segment_tokens=train.segment_tokens,
         )
         module.train()

@@ -33,7 +33,7 @@ from dla_train.huggingface.initial import begin_with
 from dla_train.hydra_app import config_to_yaml, run_application
 from dla_train.loop import Evaluation, Loop, LoopResult
 from dla_train.models.build import meta_model
-from dla_train.models.cost import memory_capacity, merge_cache_bytes
+from dla_train.models.cost import merge_cache_bytes
 from dla_train.models.language_model import LanguageModel
 from dla_train.multirun import fixed_keys, run_point
 from dla_train.parallel.mesh import Mesh
@@ -291,7 +291,7 @@ def _cache_line(config: Config, mesh: Mesh) -> str:
     model, rows, axes = config.model, config.train.micro_batch_rows, mesh.axes
     size = merge_cache_bytes(model, config.memory, axes, rows)
     heads = model.num_heads // (axes.tensor.size * axes.context.size)
-    shape = f"{rows} rows x {model.num_layers} layers x {heads} heads x {memory_capacity(config.memory)} slots"
+    shape = f"{rows} rows x {model.num_layers} layers x {heads} heads x {config.memory.capacity} slots"
     return f"\n  merge cache: {size:,} bytes on each rank at any context ({shape})" if size else ""
 
 

@@ -19,7 +19,6 @@ from dla_train.data.incremental_text import token_pieces
 from dla_train.data.tokenizer import Tokenizer
 from dla_train.models.language_model import LanguageModel
 from dla_train.models.mixer import MemoryReading
-from dla_train.models.recurrent import has_soft_gate
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def inspect_text(
     model.reset_memory_statistics()
     model.train(was_training)
     temperature = model.memory_config.gate_temperature if gate_temperature is None else gate_temperature
-    softness = temperature if has_soft_gate(model.memory_config) else None
+    softness = temperature if model.memory_config.softly_gated else None
     heads = [number for number in range(model.model_config.num_heads) if head in (None, number)]
     layers = [number for number in readings if layer in (None, number)]
     histories = [_histories(number, readings[number], heads, softness) for number in layers]

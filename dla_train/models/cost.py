@@ -44,11 +44,6 @@ class FlopCount:
         return 3 * self.forward
 
 
-def memory_capacity(memory: MemoryConfig) -> int:
-    """S: slots a head keeps under this policy."""
-    return 1 if memory.policy == "single" else memory.capacity
-
-
 def routing_dim(model: ModelConfig, memory: MemoryConfig) -> int:
     """R: size of a routing key; 0 without content reading."""
     if model.backbone == "attention" or not memory.routes:
@@ -102,7 +97,7 @@ def cache_bytes(
         per_layer = MergeCache.nbytes_of(
             batch,
             model.num_heads,
-            memory_capacity(memory),
+            memory.capacity,
             model.key_dim,
             model.value_dim,
             routing_dim(model, memory),
@@ -155,9 +150,7 @@ def _mixer_vectors(model: ModelConfig, memory: MemoryConfig) -> int:
 
 def _read_outputs(model: ModelConfig, memory: MemoryConfig) -> int:
     """Rows of the slot-weight projection."""
-    if model.backbone == "attention" or not memory.weighs_slots:
-        return 0
-    return model.num_heads * (memory.levels if memory.policy == "log_linear" else memory_capacity(memory))
+    return 0 if model.backbone == "attention" else model.num_heads * memory.read_outputs
 
 
 def _reader_matrices(model: ModelConfig, memory: MemoryConfig) -> int:
@@ -176,7 +169,7 @@ def _reader_parameters(model: ModelConfig, memory: MemoryConfig) -> int:
 def _memory_flops(model: ModelConfig, memory: MemoryConfig, context: int) -> float:
     """One layer's memory, per token: the chunkwise form with every slot live; causal C x C products count half."""
     chunk = min(memory.chunk_tokens or DEFAULT_CHUNK_TOKENS, context)
-    k, v, slots = model.key_dim, model.value_dim, memory_capacity(memory)
+    k, v, slots = model.key_dim, model.value_dim, memory.capacity
     moved = 1 if memory.closed_slots == "frozen" else slots
     mixing = float(chunk * v + 2 * slots * k * v + 2 * k * v)  # (M * W) V, the slots' reads, the chunk's writes
     shared = float(chunk * k)  # q k^T, once a key head

@@ -143,13 +143,13 @@ class MemoryReader(nn.Module):
     def __init__(self, model: ModelConfig, memory: MemoryConfig, context: Axis) -> None:
         super().__init__()
         self.heads, self.context = model.num_heads // context.size, context
-        self.capacity = 1 if memory.policy == "single" else memory.capacity
+        self.capacity = memory.capacity
         self.levels = memory.levels if memory.policy == "log_linear" else None
         self.chunk = memory.chunk_tokens or None
         self.backend = None if memory.backend == "auto" else memory.backend
         self.tau = Tau(model.num_heads, memory.tau_control) if memory.policy == "dla" else None
-        outputs = self.levels or self.capacity
-        self.slots = SlotWeights(model.width, model.num_heads, outputs) if memory.weighs_slots else None
+        outputs = memory.read_outputs
+        self.slots = SlotWeights(model.width, model.num_heads, outputs) if outputs else None
         self.routing = Routing(model, memory, context) if memory.routes else None
 
     @property

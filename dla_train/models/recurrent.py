@@ -205,20 +205,16 @@ class RecurrentMixer(nn.Module):
                 cu_seqlens=None if documents.one_per_row else documents.cu_seqlens,
                 cache=cache,
                 chunk_size=self.reader.chunk,
-                score_gradients=self._gated(),
+                score_gradients=self.training and memory.gated,
                 backend=self.reader.backend,
             )
 
     def _gates(self, inputs: StateInputs, plan: MemoryPlan, temperature: float) -> Tensor | None:
         """Soft or straight-through boundaries [B, T, H] in training, None (hard) otherwise and for fixed partitions."""
-        if self.reader.tau is None or not self._gated():
+        if not (self.training and self.memory.gated):
             return None
         score = boundary_score(inputs.k, inputs.v, plan)
         return boundary_gate(score, plan, tau=self.reader.own_tau(), temperature=temperature, gate=self.memory.gate)
-
-    def _gated(self) -> bool:
-        """Whether boundaries carry a gate: decided by drift, between several slots, and in training mode."""
-        return self.training and self.memory.policy == "dla" and self.memory.gate != "hard" and self.reader.capacity > 1
 
     @torch.no_grad()
     def _show(
@@ -257,8 +253,3 @@ class RecurrentMixer(nn.Module):
         decisions = decides.sum().expand(len(own))
         counted = [(plan.boundary & decides).sum((0, 1)), decisions, (plan.live_slots() * decides).sum((0, 1))]
         own += torch.stack([c.to(own) for c in counted], dim=-1)
-
-
-def has_soft_gate(memory: MemoryConfig) -> bool:
-    """Whether training reads boundaries otherwise than inference; a straight-through gate differs backward alone."""
-    return memory.policy == "dla" and memory.gate == "soft" and memory.capacity > 1

@@ -142,14 +142,14 @@ def _state_inputs(shape: LayerShape) -> int:
 def _reads(shape: LayerShape) -> int:
     """Read weights before they are combined: projection, levels, routing keys, gates."""
     tokens, heads = shape.tokens, shape.heads
-    total = tokens * FLOAT_BYTES * heads * shape.read_outputs
-    if shape.memory.policy == "log_linear" and shape.read_outputs:  # levels of slots, and weights by them
-        total += tokens * (INDEX_BYTES * (shape.slots + 1) + FLOAT_BYTES * heads * shape.read_outputs)
-    if shape.content:
+    total = tokens * FLOAT_BYTES * heads * shape.memory.read_outputs
+    if shape.memory.policy == "log_linear" and shape.memory.read_outputs:  # levels of slots, and weights by them
+        total += tokens * (INDEX_BYTES * (shape.slots + 1) + FLOAT_BYTES * heads * shape.memory.read_outputs)
+    if shape.memory.routes:
         wide = shape.widened or shape.memory.routing != "qk"
         total += tokens * FLOAT_BYTES * (4 * shape.key_heads + (2 * shape.routing_size if wide else 0))
         total += _routing_conv(shape)
-    if shape.gated:
+    if shape.memory.gated:
         total += tokens * (FLOAT_BYTES + 1) * heads
     return total
 
@@ -166,7 +166,7 @@ def _routing_conv(shape: LayerShape) -> int:
 def _score_gradients(shape: LayerShape) -> int:
     """Of every boundary's score with respect to its key and value, kept since planning."""
     numbers = shape.model.key_dim + shape.model.value_dim
-    return shape.tokens * shape.compute_bytes * shape.heads * numbers if shape.gated else 0
+    return shape.tokens * shape.compute_bytes * shape.heads * numbers if shape.memory.gated else 0
 
 
 def _output(shape: LayerShape) -> int:

@@ -15,8 +15,8 @@ def kept_by_memory(shape: LayerShape) -> list[Kept]:
     """Read weights, operators and mixing."""
     return [
         Kept("slot indices", _slot_indices(shape), of_plan=True),
-        *(_affinity(shape) if shape.content else ()),
-        *([Kept("gated weights", _gates(shape))] if shape.gated else ()),
+        *(_affinity(shape) if shape.memory.routes else ()),
+        *([Kept("gated weights", _gates(shape))] if shape.memory.gated else ()),
         Kept("chunk operators", _operators(shape)),
         Kept("keys", _keys(shape)),
         *_mixing(shape),
@@ -88,7 +88,7 @@ def _keys(shape: LayerShape) -> int:
     copied = shape.widened or shape.padded or shape.key_heads != shape.heads
     total = shape.cells * FLOAT_BYTES * shape.model.key_dim if copied else 0
     if shape.erases and not shape.widened:
-        routed = shape.content and shape.memory.routing == "qk"
+        routed = shape.memory.routes and shape.memory.routing == "qk"
         own = 2 if routed else 0 if copied else 1
         total += shape.tokens * FLOAT_BYTES * shape.key_size * own
     return total

@@ -23,8 +23,8 @@ TABLE_BYTES = 4
 
 def kept_by_memory(shape: LayerShape) -> list[Kept]:
     """Read weights, operators and mixing."""
-    stages = 1 + shape.gated + shape.content  # the weights, what goes into their gates, and the affinity
-    weights = shape.tokens * shape.heads * FLOAT_BYTES * (stages * shape.slots + shape.gated)
+    stages = 1 + shape.memory.gated + shape.memory.routes  # the weights, what goes into their gates, and the affinity
+    weights = shape.tokens * shape.heads * FLOAT_BYTES * (stages * shape.slots + shape.memory.gated)
     return [
         Kept("routing keys", 2 * shape.tokens * shape.compute_bytes * shape.routing_size),
         Kept("weights by rank", weights),
@@ -55,7 +55,7 @@ def _planning(shape: LayerShape) -> int:
         return 0
     size, key_dim, value_dim = shape.chunk, shape.model.key_dim, shape.model.value_dim
     pairs = (4 if shape.erases else 2) * size + (2 * key_dim if shape.erases else 0) + key_dim * value_dim / size
-    gradients = key_dim + value_dim if shape.gated else 0
+    gradients = key_dim + value_dim if shape.memory.gated else 0
     return min(PLANNER_BYTES, round(shape.cells * FLOAT_BYTES * pairs)) + shape.cells * FLOAT_BYTES * gradients
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dla_kernels.tuning import TUNING
 from dla_train.config import Config, MemoryConfig, ModelConfig
 from dla_train.data_config import segments_of_a_row
-from dla_train.models.cost import memory_capacity, routing_dim
+from dla_train.models.cost import routing_dim
 from dla_train.parallel.sections import local_model
 from dla_train.plan_run.layout import Layout
 from dla_train.plan_run.states import FLOAT_BYTES, weight_bytes
@@ -137,14 +137,7 @@ class LayerShape:
     @property
     def slots(self) -> int:
         """S."""
-        return memory_capacity(self.memory)
-
-    @property
-    def read_outputs(self) -> int:
-        """Learned weights of a head, by recency rank or level."""
-        if not self.memory.weighs_slots:
-            return 0
-        return self.memory.levels if self.memory.policy == "log_linear" else self.slots
+        return self.memory.capacity
 
     @property
     def routing_size(self) -> int:
@@ -152,19 +145,9 @@ class LayerShape:
         return self.key_heads * routing_dim(self.model, self.memory)
 
     @property
-    def gated(self) -> bool:
-        """Whether boundaries carry a soft gate in training."""
-        return self.memory.policy == "dla" and self.memory.gate != "hard" and self.slots > 1
-
-    @property
     def weighted(self) -> bool:
         """Whether read weights differ from 1."""
         return self.memory.read != "unit"
-
-    @property
-    def content(self) -> bool:
-        """Whether slots are read by content."""
-        return self.memory.routes
 
     @property
     def frozen(self) -> bool:

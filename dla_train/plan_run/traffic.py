@@ -88,7 +88,7 @@ def _exchanged(shape: LayerShape, ranks: int) -> float:
     back = 1 if shape.erases else 2  # what was read, and what mamba2's skip connection adds
     numbers = share * ((1 + back) * values + per_head * heads) + 2 * of_keys * model.key_dim
     numbers += 2 * of_keys * _routing(shape)
-    weights = share * heads * shape.read_outputs
+    weights = share * heads * shape.memory.read_outputs
     return size * numbers + FLOAT_BYTES * weights
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dla_train.config import Config
 from dla_train.models.language_model import LanguageModel
-from dla_train.models.recurrent import has_soft_gate
 from dla_train.optim import build_optimizer, gate_temperature, learning_rate
 from dla_train.recall.model import build_recall_model, token_ids
 from dla_train.recall.settings import StudyConfig
@@ -93,7 +92,7 @@ def train_run(
             curve.append((step, {part: judged.accuracy for part, judged in found.items()}))
     seconds = time.perf_counter() - began
     model.reset_memory_statistics()
-    parts = judge(model, tasks, study.held_out_rows, split, soft=has_soft_gate(config.memory))
+    parts = judge(model, tasks, study.held_out_rows, split, soft=config.memory.softly_gated)
     boundaries, decisions, live = model.memory_statistics().sum((0, 1)).tolist()
     rate, slots = (boundaries / decisions, live / decisions) if decisions else (None, None)
     return RunResult(parts, curve, rate, slots, seconds)
