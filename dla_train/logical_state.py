@@ -7,12 +7,29 @@ plain tensors use these functions as they are; one that divides its state brings
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Per-parameter state of AdamW that a checkpoint holds."""
+
+
+class LogicalState(Protocol):
+    """Whoever holds such a state. Every method is collective: all ranks call it, in the same order."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of every tensor of the state, by logical name."""
+
+    def export_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(logical name, whole tensor) one by one, the model's before the optimizer's.
+
+        A tensor may be live storage and is valid until the next one.
+        """
+
+    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Load every tensor of `shapes()` and continue as after `steps` optimizer steps."""
 
 
 def parameter_of(name: str) -> str:

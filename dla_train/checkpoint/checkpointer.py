@@ -39,8 +39,9 @@ from dla_train.checkpoint.manifest import FORMAT, TENSORS
 from dla_train.checkpoint.resuming import newest_undamaged
 from dla_train.checkpoint.run_lock import RunLock
 from dla_train.checkpoint.saving import BackgroundSave, Part
-from dla_train.checkpoint.state import LogicalState, Staging, restore_random_state
+from dla_train.checkpoint.state import Staging, restore_random_state
 from dla_train.config import Config
+from dla_train.logical_state import LogicalState
 from dla_train.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,16 @@ def parse_json(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedError(f"{path} holds {type(value).__name__} where an object belongs")
     return value
+
+
+def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
+    """Which rank takes what, by name: the largest first, each to the rank that has least so far."""
+    shares, loads = [list[str]() for _ in range(ranks)], [0] * ranks
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        shares[rank].append(name)
+        loads[rank] += sizes[name]
+    return shares
 
 
 def is_count(value: object) -> bool:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dla_train.checkpoint.errors import CheckpointError, DamagedError
 from dla_train.checkpoint.folders import checkpoint_folder, find_checkpoints, put_back_replaced, set_aside
+from dla_train.checkpoint.manifest import deal
 from dla_train.checkpoint.run_directory import check_model_settings
 from dla_train.checkpoint.state import check_shapes, stored_random_state
 from dla_train.checkpoint.stored import StoredCheckpoint
@@ -98,8 +99,9 @@ def _open(
     """Hash this rank's share of the files, then read all that is small."""
     try:
         checkpoint = StoredCheckpoint(folder, step)
-        share = checkpoint.shares(mesh.size)[mesh.rank]
-        total = sum(checkpoint.manifest.files[name].bytes for name in share)
+        sizes = {name: record.bytes for name, record in checkpoint.manifest.files.items()}
+        share = deal(sizes, mesh.size)[mesh.rank]
+        total = sum(sizes[name] for name in share)
         hidden = not (progress and mesh.is_writer)
         with tqdm(
             total=total, unit="B", unit_scale=True, desc=f"checking {folder.name}", disable=hidden, delay=2

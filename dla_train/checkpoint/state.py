@@ -9,33 +9,21 @@ cut into pieces, because engines hand over whole tensors anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dla_train.checkpoint.errors import CheckpointError, DamagedError
+from dla_train.checkpoint.manifest import deal
 from dla_train.checkpoint.tensor_files import StoredTensors
+from dla_train.logical_state import LogicalState
 
 SHOWN_DIFFERENCES = 4
 """Differences named in one error."""
 PREFIXES = ("model/", "optim/")
 """Names of an engine's state start with one of these."""
-
-
-class LogicalState(Protocol):
-    """What a checkpoint holds of an engine (see dla_train/engine.py)."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shape of every tensor, by logical name."""
-
-    def export_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, whole tensor), one by one, on every rank in the same order."""
-
-    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Load all tensors and continue as after `steps` optimizer steps."""
 
 
 class Staging:
@@ -50,7 +38,7 @@ class Staging:
 
         The copies are complete on return: what the optimizer does afterwards cannot reach them.
         """
-        mine = deal(source.shapes(), self._ranks)[self._rank]
+        mine = set(deal({name: math.prod(shape) for name, shape in source.shapes().items()}, self._ranks)[self._rank])
         for name, tensor in source.export_state():
             if name in mine:
                 self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
@@ -66,16 +54,6 @@ class Staging:
             pinned = self._device.type == "cuda"
             self._buffers[name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
         return self._buffers[name]
-
-
-def deal(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> list[set[str]]:
-    """Which rank writes which tensors: the largest first, each to the rank with the fewest elements so far."""
-    shares, loads = [set[str]() for _ in range(ranks)], [0] * ranks
-    for name in sorted(shapes, key=lambda name: (-math.prod(shapes[name]), name)):
-        rank = loads.index(min(loads))
-        shares[rank].add(name)
-        loads[rank] += math.prod(shapes[name])
-    return shares
 
 
 def check_shapes(folder: Path, stored: StoredTensors, wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -58,15 +58,6 @@ class StoredCheckpoint:
             for _ in pool.map(lambda name: check_file(self.folder, name, self.manifest.files[name], progress), chosen):
                 pass
 
-    def shares(self, ranks: int) -> list[list[str]]:
-        """All files dealt to `ranks`, about the same number of bytes to each."""
-        shares, loads = [list[str]() for _ in range(ranks)], [0] * ranks
-        for name, record in sorted(self.manifest.files.items(), key=lambda item: (-item[1].bytes, item[0])):
-            rank = loads.index(min(loads))
-            shares[rank].append(name)
-            loads[rank] += record.bytes
-        return shares
-
     def trainer(self) -> dict[str, Any]:
         """What is not a tensor: step, data cursor, configuration, versions. Raises DamagedError.
 

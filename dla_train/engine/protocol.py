@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from dla_train.logical_state import LogicalState
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class StepResult:
     """Whether anything was updated: not where the norm is not finite. The same on every rank."""
 
 
-class Engine(Protocol):
-    """Backward, step, and logical state. Every method is collective: all ranks call it, in the same order."""
+class Engine(LogicalState, Protocol):
+    """Backward and step of a model, beside its logical state. Every method is collective, but `close`."""
 
     module: Any
     """What to call for a forward pass: the model, or what passes everything on to it."""
@@ -34,20 +36,8 @@ class Engine(Protocol):
     def step(self, lr: float) -> StepResult:
         """Clip, update at learning rate `lr`, and clear the gradients; one that is not finite changes nothing else."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Global shape of every tensor of the state, by logical name."""
-
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, whole summed gradient) one by one, between the last backward and the step."""
-
-    def export_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(logical name, whole tensor) one by one, the model's before the optimizer's.
-
-        A tensor may be live storage and is valid until the next one.
-        """
-
-    def import_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Load every tensor of `shapes()` and continue as after `steps` optimizer steps."""
 
     def close(self) -> None:
         """Let go of what would outlive the engine; it is not used afterwards. Not collective."""

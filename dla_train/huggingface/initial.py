@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.checkpoint.state import LogicalState
 from dla_train.checkpoint.tensor_files import StoredTensors
 from dla_train.config import Config, ConfigError, MemoryConfig
 from dla_train.huggingface.errors import FolderError
 from dla_train.huggingface.foreign import weight_files
 from dla_train.huggingface.writing import PREFIX
 from dla_train.initial_model import read_initial_model
+from dla_train.logical_state import LogicalState
 from dla_train.models.init import initial_value
 
 logger = logging.getLogger(__name__)
