@@ -120,7 +120,7 @@ class RunLog:
 
     def evaluated(self, step: int) -> set[str]:
         """The tasks whose metrics of `step` are written, by an earlier start too. Collective."""
-        return set(self._mesh.from_writer(_tasks_of(self._config, step) if self._mesh.is_writer else None))
+        return set(self._mesh.on_writer(lambda: _tasks_of(self._config, step)))
 
     def _write(self, step: int, numbers: dict[str, Any]) -> None:
         for sink in self._sinks:

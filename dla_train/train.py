@@ -242,21 +242,11 @@ class Run:
 
     def _rewinds(self) -> list[Rewind]:
         """The journal, the same on every rank. Raises JournalError."""
-        found = self.mesh.from_writer(_journal_or_error(self.config) if self.mesh.is_writer else None)
-        if isinstance(found, JournalError):
-            raise found
-        return list(found)
+        return self.mesh.on_writer(lambda: read_journal(Path(self.config.run_dir)), (JournalError,))
 
     def _say(self, state: str, step: int, code: int | None, reason: str = "") -> None:
         if self.mesh.is_writer:
             write_status(Path(self.config.run_dir), state, step, code, reason)
-
-
-def _journal_or_error(config: Config) -> list[Rewind] | JournalError:
-    try:
-        return read_journal(Path(config.run_dir))
-    except JournalError as error:
-        return error
 
 
 def _limits(resilience: ResilienceConfig) -> dict[str, float]:

@@ -97,10 +97,11 @@ class Checkpointer:
         """
         if failed := self.finish():
             self._say("the last checkpoint failed (%s); trying again at step %d", failed, step)
-        objection = self._mesh.from_writer(self._prepare(step) if self._mesh.is_writer else None)
-        if isinstance(objection, RunDirectoryError):
-            raise objection
-        failure = str(objection) if objection else None
+        failure = None
+        try:
+            self._mesh.on_writer(lambda: self._prepare(step), (OSError, RunDirectoryError))
+        except OSError as error:
+            failure = str(error)
         if failure is None:
             part = Part(
                 root=self.root,
@@ -185,12 +186,9 @@ class Checkpointer:
         Collective; a save in progress is waited for. What is set aside stays on the disk under another name.
         """
         self.finish()
-        step = self._mesh.from_writer(self._set_aside_from(before) if self._mesh.is_writer else None)
-        if isinstance(step, CheckpointError):
-            raise step
-        return None if step is None else int(step)
+        return self._mesh.on_writer(lambda: self._set_aside_from(before), (CheckpointError,))
 
-    def _set_aside_from(self, before: int) -> int | None | CheckpointError:
+    def _set_aside_from(self, before: int) -> int | None:
         try:
             self._check_lock()
             steps = complete_steps(self.root)
@@ -198,19 +196,17 @@ class Checkpointer:
                 if step >= before:
                     set_aside(checkpoint_folder(self.root, step), "rewound")
         except (OSError, RunDirectoryError) as error:
-            return CheckpointError(f"the run cannot go back to a checkpoint from before step {before}: {error}")
+            raise CheckpointError(
+                f"the run cannot go back to a checkpoint from before step {before}: {error}"
+            ) from error
         return max((step for step in steps if step < before), default=None)
 
-    def _prepare(self, step: int) -> OSError | RunDirectoryError | None:
-        """Make the partial folder; the error if that cannot be done. On rank 0."""
-        try:
-            self._check_lock()
-            self.root.mkdir(parents=True, exist_ok=True)
-            remove_incomplete(self.root)
-            (partial_folder(self.root, step) / TENSORS).mkdir(parents=True)
-        except (OSError, RunDirectoryError) as error:
-            return error
-        return None
+    def _prepare(self, step: int) -> None:
+        """Make the partial folder. On rank 0."""
+        self._check_lock()
+        self.root.mkdir(parents=True, exist_ok=True)
+        remove_incomplete(self.root)
+        (partial_folder(self.root, step) / TENSORS).mkdir(parents=True)
 
     def _check_lock(self) -> None:
         if self._lock is not None:

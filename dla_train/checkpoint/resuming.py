@@ -56,9 +56,7 @@ def newest_undamaged(
     shapes: of the engine's tensors. config: whose model and memory it must have; None compares shapes alone. Raises
     CheckpointError, the same on every rank, where all are damaged and for every fault that is not damage.
     """
-    steps = mesh.from_writer(_marked_steps(root) if mesh.is_writer else None)
-    if isinstance(steps, CheckpointError):
-        raise steps
+    steps = mesh.on_writer(lambda: _marked_steps(root), (CheckpointError,))
     for step in reversed(steps):
         folder = checkpoint_folder(root, step)
         opened, error = _open(folder, step, shapes, mesh, config, progress)
@@ -78,14 +76,13 @@ def newest_undamaged(
     return None
 
 
-def _marked_steps(root: Path) -> list[int] | CheckpointError:
+def _marked_steps(root: Path) -> list[int]:
     try:
         put_back_replaced(root)
-        return [found.step for found in find_checkpoints(root)]
-    except CheckpointError as error:
-        return error
     except OSError as error:
-        return CheckpointError(f"{root} cannot be put in order: {error}; give this user the right to change it")
+        mend = "give this user the right to change it"
+        raise CheckpointError(f"{root} cannot be put in order: {error}; {mend}") from error
+    return [found.step for found in find_checkpoints(root)]
 
 
 def _open(

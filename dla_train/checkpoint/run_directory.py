@@ -68,8 +68,7 @@ def check_model_settings(folder: Path, stored: dict[str, Any], config: Config) -
 
 def check_run_directory(config: Config, identity: dict[str, Any], mesh: Mesh) -> None:
     """Raise RunDirectoryError, on every rank, unless run_dir is free or holds this very run. Writes nothing."""
-    message = mesh.from_writer(find_objection(config, identity) if mesh.is_writer else None)
-    if message:
+    if message := mesh.on_writer(lambda: find_objection(config, identity)):
         raise RunDirectoryError(message)
 
 

@@ -14,11 +14,12 @@ import gc
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,8 @@ from dla_train.config import Config, ConfigError
 from dla_train.layout_rules import divisors, listed
 from dla_train.parallel.axes import Axes, Axis
 from dla_train.parallel.cores import bind_cores
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -117,6 +120,19 @@ class Mesh:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def on_writer(self, make: Callable[[], Made], errors: tuple[type[Exception], ...] = ()) -> Made:
+        """What `make` gives on rank 0, the only one that calls it, on every rank; one of `errors` is raised on all."""
+        made: Any = None
+        if self.is_writer:
+            try:
+                made = make()
+            except errors as error:
+                made = error
+        made = self.from_writer(made)
+        if isinstance(made, Exception):
+            raise made
+        return cast(Made, made)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (anything that pickles), by rank, on every rank."""
