@@ -25,6 +25,7 @@ from dla_train.checkpoint.folders import checkpoints_of, complete_steps
 from dla_train.checkpoint.run_directory import CONFIG_FILE, RUN_FILE
 from dla_train.checkpoint.run_lock import LOCK_FILE, seems_held
 from dla_train.resilience.exit_codes import STATUS_FILE, read_status
+from dla_train.text_tables import aligned
 from dla_train.trackers import METRICS_FILE, read_lines
 
 _EXAMPLES = """examples:
@@ -96,15 +97,7 @@ def table(runs: Sequence[RunState]) -> str:
     """The runs as aligned text."""
     head = ("run", "state", "step", "loss", "validation", "tokens/s", "checkpoint", "age", "")
     rows = [head, *map(_row, runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    left = (0, 1, len(head) - 1)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return aligned(rows, left=(0, 1, len(head) - 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

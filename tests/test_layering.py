@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS: tuple[set[str], ...] = (  # a component imports itself and layers above it in this table, nothing else of ours
-    {"dla_kernels", "config", "intervals", "durable"},
+    {"dla_kernels", "config", "intervals", "durable", "text_tables"},
     {"layout_rules", "evaluation_rules"},
     {"data_config"},
     {"config_rules", "config_sentences", "group_choices", "initial_model", "start_clock", "run_process", "trackers"},

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from dla_train.checkpoint.folders import (
 )
 from dla_train.checkpoint.manifest import MARKER
 from dla_train.checkpoint.stored import StoredCheckpoint, open_step
+from dla_train.text_tables import aligned
 
 _EXAMPLES = """examples:
   dla-checkpoint list runs/my-run
@@ -83,7 +84,7 @@ def _list(options: argparse.Namespace) -> int:
     found, aside = _found(options.run), folders_set_aside(checkpoints_of(options.run))
     rows = [(str(one.step), _size(one.folder), _age(one.folder), _state(one.fault)) for one in found]
     rows += [(folder.name, _size(folder), "", "set aside as damaged") for folder in aside]
-    _print_table(("step", "size", "age", "state"), rows)
+    print(aligned([("step", "size", "age", "state"), *rows], left=range(4)))
     return 1 if aside or any(one.fault for one in found) else 0
 
 
@@ -104,9 +105,8 @@ def _inspect(options: argparse.Namespace) -> int:
     for name, fact in facts.items():
         print(f"{name:<24} {fact}")
     if options.tensors:
-        _print_table(
-            ("tensor", "type", "shape"), [(name, tensors.entry(name)[0], str(list(shapes[name]))) for name in shapes]
-        )
+        rows = [(name, tensors.entry(name)[0], str(list(shapes[name]))) for name in shapes]
+        print(aligned([("tensor", "type", "shape"), *rows], left=range(3)))
     return 0
 
 
@@ -205,12 +205,6 @@ def _age(folder: Path) -> str:
         if minutes < 2880
         else f"{minutes / 1440:.0f} d"
     )
-
-
-def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _positive(text: str) -> int:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from dla_train.config import Config
 from dla_train.data.loader import BatchSource
 from dla_train.data.token_file import TokenFile
+from dla_train.text_tables import aligned
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 
@@ -155,15 +156,3 @@ def draw_lengths(files: list[TokenFile], output: Path) -> None:
         axes.legend(fontsize=8)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
