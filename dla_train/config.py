@@ -12,6 +12,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+MISTAKE = 2
+"""Exit code of every program after a mistake in the configuration, the data or the run directory."""
+
 
 class ConfigError(ValueError):
     """A user mistake in the configuration: names the key, the value, the rule and the mend."""
@@ -230,6 +233,11 @@ class TrainConfig:
     the document too, and where training has soft boundaries the loss with those."""
     validation_band_edges_tokens: list[int] = field(default_factory=list)
     """Positions at which a validation's bands meet, rising; empty is 1/16, 1/4 and 1/2 of data.context_tokens."""
+
+    @property
+    def last_step(self) -> int:
+        """The step at which a start ends."""
+        return self.stop_at_step or self.steps
 
 
 @dataclass

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dla_train.config import Config, ConfigError
+from dla_train.config import CHOICES, MISTAKE, Config, ConfigError
 from dla_train.config_rules import validate
 from dla_train.config_sentences import (
     GROUPS,
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 """A dataclass of a small program's settings."""
 
-MISTAKE = 2
-"""Exit code after a mistake in the configuration, the data or the run directory."""
 FAILED = 1
 """Exit code after a multirun with points that failed."""
 
@@ -166,6 +164,13 @@ def _parsed(word: str, program: str) -> tuple[str, Any]:
     if parsed.is_sweep_override():
         raise ConfigError(several_values(word, multirun=False))
     return str(parsed.key_or_group), parsed.value()
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Raise ConfigError where a small program's settings of these names are not a run's; dtype may be empty."""
+    for key, value, choices in (("device", device, CHOICES["train.device"]), ("dtype", dtype, CHOICES["train.dtype"])):
+        if value not in choices and (key, value) != ("dtype", ""):
+            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}")
 
 
 def defaults_of(schema: type[DataclassInstance]) -> str:

@@ -87,17 +87,13 @@ class Loop:
     guard: Guard
     evaluation: Evaluation | None = None
 
-    @property
-    def last(self) -> int:
-        """The step at which this start ends."""
-        return self.config.train.stop_at_step or self.config.train.steps
-
     def run(self, done: int) -> LoopResult:
         """Train until the last step, a signal, or a judgement; `done` steps were done before this start."""
         begun, guard, result, owed = done, self.guard, LoopResult(done), False
+        last = self.config.train.last_step
         stopped_by = self._evaluate(done)  # what an earlier start did not finish
         self.log.clock.restart()
-        while done < self.last:
+        while done < last:
             if stopped_by := stopped_by or self.signals.agreed(self.mesh):
                 if done > begun:
                     self._save(done, wait=True)
@@ -115,9 +111,9 @@ class Loop:
             if self._validation_due(done):
                 with self.watchdog.phase("validation"):
                     result = replace(result, validation=self._validate(done))
-            owed = owed or self.checkpointer.due(done, done == self.last)
-            if owed and (done == self.last or not guard.doubts):  # else good checkpoints would make room for bad ones
-                self._save(done, wait=done == self.last)
+            owed = owed or self.checkpointer.due(done, done == last)
+            if owed and (done == last or not guard.doubts):  # else good checkpoints would make room for bad ones
+                self._save(done, wait=done == last)
                 owed = False
             stopped_by = self._evaluate(done)  # after the save, which a long evaluation must not put at risk
         return replace(result, stopped_by=stopped_by)
@@ -125,7 +121,7 @@ class Loop:
     def _train_step(self, done: int, *, wants_loss: bool) -> _Step:
         """Step `done` + 1, with its line where one is due."""
         config, clock, step = self.config, self.log.clock, done + 1
-        due = self.log.due(step, self.last)
+        due = self.log.due(step)
         clock.synchronize = due
         with clock.phase("data"):
             batches = self.sources.train.batch(

@@ -19,7 +19,7 @@ from data_prep.sources import PrepareError
 from data_prep.stdlib_files import prepare_stdlib_files
 from dla_train.checkpoint.errors import CheckpointError
 from dla_train.checkpoint.folders import checkpoints_of, complete_steps
-from dla_train.config import Config, ConfigError
+from dla_train.config import MISTAKE, Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.indexed import TokenFiles
 from dla_train.data.loader import DataSources, HeldOutSource, open_sources
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return quickstart(overrides)
     except (ConfigError, DataError, PrepareError, CheckpointError) as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("quickstart: stopped; finished parts are kept, and the same command goes on", file=sys.stderr)
         return 130

@@ -39,7 +39,7 @@ class RunLog:
         self._sinks = open_sinks(config, done) if mesh.is_writer else []
         looks = mesh.is_writer and self._looks()
         self._heads = JsonLines(Path(config.run_dir) / HEADS_FILE, done) if looks else None
-        last = config.train.stop_at_step or config.train.steps
+        last = config.train.last_step
         hidden = not (config.logging.progress and mesh.is_writer)
         self._bar = tqdm(total=last, initial=done, unit="step", desc=config.name, disable=hidden, dynamic_ncols=True)
         self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger("dla_train")])
@@ -56,9 +56,9 @@ class RunLog:
         for sink in [*self._sinks, *([self._heads] if self._heads else [])]:
             sink.close()
 
-    def due(self, step: int, last: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether `step` gets a line: the first, every interval_steps-th, and the last of this start."""
-        return step == 1 or step == last or step % self._config.logging.interval_steps == 0
+        return step in (1, self._config.train.last_step) or step % self._config.logging.interval_steps == 0
 
     def end_step(self, tokens: int) -> None:
         """Stop the clock after a step over `tokens` tokens (all ranks), take the memory's counts, move the bar."""

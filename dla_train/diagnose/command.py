@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.config import ConfigError
+from dla_train.config import MISTAKE, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.diagnose.arms import losses_of, open_arms, open_documents
 from dla_train.diagnose.comparison import compare, default_lengths
@@ -26,7 +26,7 @@ from dla_train.diagnose.report import write_report, write_seeds
 from dla_train.diagnose.seeds import compare_seeds, read_seeds
 from dla_train.diagnose.settings import DiagnoseConfig, read_settings
 from dla_train.evaluate.bands import Bands
-from dla_train.hydra_app import MISTAKE, defaults_of
+from dla_train.hydra_app import defaults_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

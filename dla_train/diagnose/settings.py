@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from dla_train.config import CHOICES, ConfigError
-from dla_train.hydra_app import settings_of_words
+from dla_train.config import ConfigError
+from dla_train.hydra_app import check_device, settings_of_words
 
 
 @dataclass
@@ -74,9 +74,7 @@ def _check(settings: DiagnoseConfig) -> None:
             raise ConfigError(f"{key}={getattr(settings, key)} must be at least {least}")
     if not 0.5 <= settings.confidence < 1:
         raise ConfigError(f"confidence={settings.confidence} must be at least 0.5 and below 1")
-    for key, choices in (("device", CHOICES["train.device"]), ("dtype", ("", *CHOICES["train.dtype"]))):
-        if getattr(settings, key) not in choices:
-            raise ConfigError(f"{key}={getattr(settings, key)} is not one of {', '.join(filter(None, choices))}")
+    check_device(settings.device, settings.dtype)
 
 
 def _check_seeds(settings: DiagnoseConfig) -> None:

@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dla_train.config import Config, ConfigError
+from dla_train.config import MISTAKE, Config, ConfigError
 from dla_train.doctor.findings import FAILED, Finding, failed, joined
 from dla_train.doctor.inputs import check_inputs
 from dla_train.doctor.machine import check_devices, check_versions
 from dla_train.doctor.ranks import check_ranks, rank_name
 from dla_train.doctor.run_folder import check_disk, check_run_folder
 from dla_train.doctor.settings import check_memory, check_settings
-from dla_train.hydra_app import MISTAKE, compose
+from dla_train.hydra_app import compose
 from dla_train.parallel.mesh import Mesh
 
 PREFIX = "doctor."

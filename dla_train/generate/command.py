@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.config import Config, ConfigError
+from dla_train.config import MISTAKE, Config, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.incremental_text import IncrementalText, token_pieces
 from dla_train.data.shard_list import trained_with_bos
@@ -29,8 +29,6 @@ from dla_train.models.language_model import LanguageModel
 from dla_train.models.mixer import Cache
 from dla_train.parallel.mesh import pick_device
 
-MISTAKE = 2
-"""Exit code after a mistake."""
 _EXAMPLES = """examples:
   dla-generate --run runs/my-run --prompt "Once upon a time" --max-new-tokens 200
   dla-generate --run runs/my-run --prompt-file book.txt --show-memory 0.3 --max-new-tokens 0

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from dla_train.checkpoint.errors import CheckpointError, RunDirectoryError
-from dla_train.config import ConfigError
+from dla_train.config import MISTAKE, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.harness.errors import EvaluateError
 from dla_train.harness.fetch import fetch
 from dla_train.harness.settings import compose, defaults
-from dla_train.hydra_app import MISTAKE
 from dla_train.resilience.exit_codes import STOPPED
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dla_train.config import MemoryConfig, ModelConfig
+from dla_train.config import MISTAKE, MemoryConfig, ModelConfig
 from dla_train.config_rules import validate
 from dla_train.data.tokenizer import HUGGING_FACE_FILES
 from dla_train.huggingface.conversions import convert
@@ -23,7 +23,7 @@ from dla_train.huggingface.export import summary
 from dla_train.huggingface.foreign import Source
 from dla_train.huggingface.verify import BOUNDS, Verified, source_logits, whole_logits
 from dla_train.huggingface.writing import SHARD_BYTES, Content, write_folder
-from dla_train.hydra_app import MISTAKE, compose
+from dla_train.hydra_app import compose
 from dla_train.models.init import initial_value
 from dla_train.models.language_model import LanguageModel
 

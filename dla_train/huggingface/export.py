@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dla_train.config import MISTAKE
 from dla_train.data.shard_list import trained_with_bos
 from dla_train.evaluate.loading import load_model
 from dla_train.huggingface.errors import FolderError
 from dla_train.huggingface.verify import BOUNDS, Verified
 from dla_train.huggingface.writing import SHARD_BYTES, Content, write_folder
-from dla_train.hydra_app import MISTAKE
 
 
 def export_run(

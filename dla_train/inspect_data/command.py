@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dla_train.config import Config, ConfigError, DataConfig, TrainConfig
+from dla_train.config import MISTAKE, Config, ConfigError, DataConfig, TrainConfig
 from dla_train.config_rules import validate
 from dla_train.data.errors import DataError
 from dla_train.data.indexed import TokenFiles
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except (ConfigError, DataError) as error:
         print(f"dla-data: error: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
 
 
 def _parser() -> argparse.ArgumentParser:

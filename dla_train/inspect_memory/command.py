@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dla_train.checkpoint.errors import CheckpointError
-from dla_train.config import ConfigError
+from dla_train.config import MISTAKE, ConfigError
 from dla_train.data.errors import DataError
 from dla_train.data.tokenizer import load_tokenizer
 from dla_train.evaluate.loading import load_model
-from dla_train.hydra_app import MISTAKE, defaults_of
+from dla_train.hydra_app import defaults_of
 from dla_train.inspect_memory.history import inspect_text
 from dla_train.inspect_memory.merge_map import plot_merge_map
 from dla_train.inspect_memory.page import write_page

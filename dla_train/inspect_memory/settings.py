@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dla_train.config import CHOICES, ConfigError
-from dla_train.hydra_app import settings_of_words
+from dla_train.config import ConfigError
+from dla_train.hydra_app import check_device, settings_of_words
 
 ALL = "all"
 STANDARD_INPUT = "-"
@@ -55,9 +55,7 @@ def read_settings(words: Sequence[str]) -> InspectConfig:
     for key, least in (("step", 0), ("max_tokens", 2)):
         if getattr(settings, key) < least:
             raise ConfigError(f"{key}={getattr(settings, key)} is below {least}; use {least} or more")
-    for key, choices in (("device", CHOICES["train.device"]), ("dtype", ("", *CHOICES["train.dtype"]))):
-        if getattr(settings, key) not in choices:
-            raise ConfigError(f"{key}={getattr(settings, key)} is not one of {', '.join(filter(None, choices))}")
+    check_device(settings.device, settings.dtype)
     return settings
 
 

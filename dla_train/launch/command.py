@@ -14,13 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dla_train.config import Config, ConfigError
+from dla_train.config import MISTAKE, Config, ConfigError
 from dla_train.config_rules import validate
 from dla_train.doctor.command import preflight
 from dla_train.doctor.command import split as split_doctor
 from dla_train.doctor.findings import OK, failed
 from dla_train.doctor.machine import check_devices
-from dla_train.hydra_app import MISTAKE, compose
+from dla_train.hydra_app import compose
 from dla_train.launch.environment import environment_here
 from dla_train.launch.meeting import MeetingError, meet
 from dla_train.launch.record import launch_folder, write_record

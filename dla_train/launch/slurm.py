@@ -129,7 +129,7 @@ def job_script(
         port=launcher.port or "$((20000 + SLURM_JOB_ID % 20000))",
         join_seconds=launcher.join_seconds,
         requeues=launcher.requeues,
-        run=" ".join(shlex.quote(argument) for argument in run),
+        run=shlex.join(run),
     )
 
 

@@ -1,1 +1,1 @@
-"""How a run spreads over ranks: the mesh of processes and, later, the layers that are split across it."""
+"""How a run spreads over ranks: the mesh of processes, and the layers that are split across it."""

@@ -24,7 +24,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from dla_train.config import ConfigError
+from dla_train.config import MISTAKE, ConfigError
 from dla_train.hydra_app import compose
 from dla_train.plan_run.layout import Layout
 from dla_train.plan_run.plan import plan
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         return _run(arguments)
     except ConfigError as error:
         print(f"dla-plan: error: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
 
 
 def _run(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import FrameType
 
-from dla_train.config import ConfigError
+from dla_train.config import MISTAKE, ConfigError
 from dla_train.recall.probe import merge_table, probe_table
 from dla_train.recall.report import write_page
 from dla_train.recall.results import read_results, write_results
@@ -29,8 +29,6 @@ from dla_train.recall.runs import output_folder, run_study
 from dla_train.recall.settings import StudyConfig, compose
 from dla_train.recall.tasks.errors import RecallError
 
-MISTAKE = 2
-"""Exit code after a mistake."""
 STOPPED = 130
 """Exit code after SIGINT or SIGTERM."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dla_train.durable import write_atomically
 
-# 2 is a mistake in the configuration, the data or the run directory (hydra_app.MISTAKE): the same command fails again
+# 2 is a mistake in the configuration, the data or the run directory (config.MISTAKE): the same command fails again
 
 FINISHED = 0
 """The last step is done (`train.steps` or `train.stop_at_step`) and saved."""

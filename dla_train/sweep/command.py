@@ -31,9 +31,8 @@ from typing import Any
 
 from dla_train.checkpoint.errors import RunDirectoryError
 from dla_train.checkpoint.run_lock import RunLock, seems_held
-from dla_train.config import Config, ConfigError
+from dla_train.config import MISTAKE, Config, ConfigError
 from dla_train.durable import write_atomically
-from dla_train.hydra_app import MISTAKE
 from dla_train.launch.settings import LauncherConfig, load_launcher
 from dla_train.launch.slurm import SubmitError
 from dla_train.parallel.cores import available_cores

@@ -13,9 +13,8 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dla_train.config import ConfigError
+from dla_train.config import MISTAKE, ConfigError
 from dla_train.durable import write_atomically
-from dla_train.hydra_app import MISTAKE
 from dla_train.resilience.exit_codes import DIVERGED, HUNG, STATUS_FILE, read_status
 from dla_train.sweep.launchers import OUTPUT_FILE, START_FILE, START_LINE
 from dla_train.trackers import METRICS_FILE, read_lines

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def check_folder(folder: Path, points: Sequence[Point], *, grows: Callable[[Poin
 def command_line(sweep_folder: Path, point: Point) -> str:
     """What reproduces a point in a folder of its own, as a user would type it."""
     run_dir = f"{sweep_folder}_again/{point.name}"
-    return " ".join(["dla-train", *map(_for_shell, [*point.overrides, f"run_dir={quoted(run_dir)}"])])
+    return shlex.join(["dla-train", *point.overrides, f"run_dir={quoted(run_dir)}"])
 
 
 def written(value: Scalar) -> str:
@@ -220,7 +221,3 @@ def _read_point(path: Path) -> Point:
         return point_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete its folder, and the sweep runs it anew") from error
-
-
-def _for_shell(word: str) -> str:
-    return word if re.fullmatch(r"[\w./+=:-]+", word) else "'" + word.replace("'", "'\\''") + "'"

@@ -56,7 +56,9 @@ def test_a_single_process_needs_no_launcher_and_leaves_no_group_behind() -> None
         values = torch.arange(3.0)
         assert torch.equal(mesh.sum(values), values) and mesh.sum(values) is not values
         assert mesh.max(2.5) == 2.5
-        assert mesh.from_writer({"step": 3}) == {"step": 3}
+        assert mesh.from_writer({"step": 3}) == {"step": 3} == mesh.on_writer(lambda: {"step": 3})
+        with pytest.raises(ValueError, match="invalid literal"):
+            mesh.on_writer(lambda: int("x"), (ValueError,))
     assert not torch.distributed.is_initialized()
 
 
