@@ -8,6 +8,8 @@ import tempfile
 
 import torch
 
+torch.set_num_threads(1)  # threads that wait for each other cost more than they compute at these sizes
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from tests import interpreter  # after the variable, for it imports Triton

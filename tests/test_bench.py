@@ -18,16 +18,6 @@ from dla_train.bench.training import ARMS, Trainer, configuration, judge, measur
 from dla_train.config_rules import validate
 from dla_train.models import language_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other cost more than they compute at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # The CPU
 
 

@@ -1,5 +1,5 @@
 """The corpus and the tiny runs of tests/train."""
 
-from tests.train.conftest import corpus, one_thread, tiny
+from tests.train.conftest import corpus, tiny
 
-__all__ = ["corpus", "one_thread", "tiny"]
+__all__ = ["corpus", "tiny"]

@@ -27,11 +27,6 @@ KINDS = (
 """Backbones and policies that decode in different ways."""
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Whatever asks for a connection is refused and listed."""

@@ -16,11 +16,6 @@ from tests.tiny import tiny_configs
 from tests.train.runs import write_corpus
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that name a small prepared corpus and its tokenizer."""

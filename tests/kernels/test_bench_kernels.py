@@ -48,15 +48,6 @@ CPU = torch.device("cpu")
 LENGTHS = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other cost more than they compute at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # What is measured
 
 

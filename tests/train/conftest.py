@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from dla_train.config import Config
 from dla_train.hydra_app import compose
@@ -25,8 +24,3 @@ def tiny(corpus: list[str], tmp_path: Path) -> Callable[..., Config]:
         return compose([*TINY, *corpus, f"run_dir={tmp_path}/run", *overrides])
 
     return make
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
