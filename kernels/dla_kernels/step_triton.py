@@ -41,9 +41,9 @@ def _open_score(
         m = (o_k < K)[:, None] & (o_v < V)[None, :]
         b_v = tl.load(p_v + o_v, mask=o_v < V, other=0.0).to(tl.float32)
         b_s = tl.load(p_state + o_k[:, None] * V + o_v[None, :], mask=m, other=0.0)
-        b_c = beta * b_k[:, None] * b_v[None, :]
+        b_c = b_k[:, None] * b_v[None, :]
         if DRIFT == "update":
-            b_c += _transition(b_s, b_k, decay, beta, GATED)
+            b_c = beta * b_c + _transition(b_s, b_k, decay, beta, GATED)
         b_old += b_s * b_s
         b_new += b_c * b_c
         b_inner += b_c * b_s

@@ -82,6 +82,25 @@ def test_a_score_equal_to_tau_begins_a_slot(backbone, backend):
         assert int(cache.fill) == (3 if all_begin else 1)
 
 
+@pytest.mark.parametrize("backend", ["recurrent", "torch", "triton"])
+def test_a_token_that_writes_with_strength_0_is_scored_as_any_other(backend):
+    """s_t = k_t v_t^T whatever the strength: what the open state holds already begins no slot, what opposes it does."""
+    k = torch.eye(2)[[0, 0, 0, 0]][None, :, None]
+    v = torch.tensor([1.0, 1.0, -1.0, -1.0])[None, :, None, None] * torch.ones(2)
+    keys = (k, v, torch.zeros(1, 4, 1), torch.tensor([1.0, 0.0, 0.0, 1.0])[None, :, None])
+    plan = dk.plan_memory(*keys, tau=2.5, capacity=4, backend=backend, chunk_size=16)
+    assert plan.score.flatten().tolist() == [0, 0, 2, 2]
+
+    cache = dk.MergeCache.empty(1, 1, 4, 2, 2)
+    summed = []
+    for t in range(4):
+        now = (x[:, t] for x in (k, *keys))
+        step = "triton" if backend == "triton" else "torch"
+        dk.dla_step(*now, read_weights=torch.ones(1, 1, 4), tau=2.5, cache=cache, backend=step)
+        summed.append(float(cache.scores.sum()))
+    assert summed == [0, 0, 2, 4]
+
+
 def test_merges_of_a_worked_example():
     """Scores 0, 2, 1, 0.5, 2 at tau 0.4, capacity 3: every token opens a slot; sums of pairs decide, the oldest pair
     on ties."""

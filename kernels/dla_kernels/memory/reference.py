@@ -19,9 +19,9 @@ from dla_kernels.plan import NEVER, MemoryPlan
 
 def token_score(k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, open_state: Tensor, drift: str) -> Tensor:
     """I_t [...] of one token against S_open [..., K, V], k [..., K], v [..., V]: docs/dla.md section 2.1."""
-    candidate = write = write_of(k, v, beta)
+    candidate = write_of(k, v, None)  # without its strength: no cosine depends on it, but at 0 it would hide the write
     if drift == "update":
-        candidate = transition(open_state[..., None, :, :], k, log_decay, beta)[..., 0, :, :] + write
+        candidate = transition(open_state[..., None, :, :], k, log_decay, beta)[..., 0, :, :] + write_of(k, v, beta)
     size = candidate.square().sum((-1, -2)) * open_state.square().sum((-1, -2))
     positive = size > 0
     inner = (candidate * open_state).sum((-1, -2))
