@@ -55,6 +55,25 @@ def test_chunkwise_outputs_states_and_gradients_equal_the_token_loop(backbone, p
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("closed", ["transition", "frozen"])
+def test_gradients_of_decays_equal_the_token_loop_where_tokens_do_not_decay(backbone, closed):
+    """Cumulative decays are then equal, so that no least or largest of them says at which token it is read."""
+    case = make_case(backbone)
+    case.log_decay[:, 5:] = 0
+    plan = dk.plan_memory(*case.keys, **plan_options("dla"))
+    weights = weights_for(case, plan.capacity)
+    gradients = []
+    for options in ({"backend": "recurrent"}, {"chunk_size": 8}):
+        decay = case.log_decay.clone().requires_grad_()
+        o = dk.dla_attention(
+            case.q, case.k, case.v, decay, case.beta,
+            read_weights=weights, plan=plan, closed_slots=closed, **options,
+        )  # fmt: skip
+        gradients += torch.autograd.grad(o.square().sum(), decay)
+    assert_close("dlog_decay", gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("closed", ["transition", "frozen"])
 def test_gradients_equal_finite_differences_with_the_plan_fixed(backbone, closed):
     case = make_case(backbone, batch=1, tokens=9, key_dim=3, value_dim=2)
     plan = dk.plan_memory(*case.keys, tau=0.2, capacity=2)

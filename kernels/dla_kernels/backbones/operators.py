@@ -149,14 +149,15 @@ def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: 
     segment = boundary.cumsum(-1)
     same = segment[..., :, None] == segment[..., None, :]
     entered_open = segment == 0
-    # Decays never rise, so the cumulative decay at a segment's end is its least one within the segment.
-    at_end = torch.where(same, cum[..., None, :], torch.inf).amin(-1)
-    open_end = torch.where(entered_open, cum, 0.0).amin(-1, keepdim=True)
+    # By place, not as the least decay of the segment: where tokens do not decay, a least one has no one gradient.
+    place = torch.arange(cum.shape[-1], device=cum.device)
+    at_end = cum.gather(-1, torch.where(same, place, 0).amax(-1))
+    open_end = torch.where(entered_open[..., :1], at_end[..., :1], 0.0)
 
-    reader = torch.maximum(cum[..., :, None], at_end[..., None, :])
+    reader = torch.where(same, cum[..., :, None], at_end[..., None, :])
     attention = (q @ k.transpose(-1, -2)) * (reader - cum[..., None, :]).masked_fill(~sees, float("-inf")).exp()
     to_end = (at_end - cum).exp()[..., None] * k
-    query_open = torch.maximum(cum, open_end).exp()[..., None] * q
+    query_open = torch.where(entered_open, cum, open_end).exp()[..., None] * q
     decay = open_end[..., 0].exp()
     if matrix is None:
         return ChunkOperators(attention, q, query_open, to_end, None, Transition(decay, None, None))
