@@ -40,7 +40,7 @@ def dla_attention(
     """o_t = scale * sum_r w_(t,r) q_t^T S_r(t) over the live slots of `plan` (arXiv 2606.10650; docs/dla.md sections 2
     and 5).
 
-    q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay (natural log, <= 0) and beta [B,T,H] (None: mamba2); read_weights [B,T,H,S]
+    q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay (natural, finite, <= 0), beta [B,T,H] (None: mamba2); read_weights [B,T,H,S]
     by recency rank, S = plan.capacity; gates [B,T,H] from `boundary_gate` (None: hard); scale defaults to K**-0.5.
     Returns o [B,T,H,V] in v's dtype, and with return_cache the MergeCache after the last token, which needs
     routing_keys [B,T,Hk or H,R] where memory is read by content. Differentiable in every real input, the cache's
