@@ -288,6 +288,7 @@ def drift_walk_kernel(
         if i_newest >= 0:
             i_opened = (first_chunk + i) * C + i_newest
         tl.store(p_row + i_n, i_newest)
+    tl.debug_barrier()  # every warp has read what the walk began with, by which it branches
     tl.store(p_opened + i_bh, i_opened)
 
 
