@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from triton.runtime import interpreter
 
 from tests.interpreter import names_of_builtins, scan_by_slices
 
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is used where there is no GPU")
 
 
@@ -106,6 +109,12 @@ def test_sums_that_overflow_wrap_as_they_do_without_debugging(monkeypatch, looke
     with np.errstate(over="ignore"):
         _sum[(1,)](left, right, found)
     assert found.tolist() == [-(2**31), 2**31 - 1, -2, 0]
+
+
+def test_the_suite_on_the_cpu_sees_no_gpu():
+    """Where there is one, kernels are given tensors on the CPU and no interpreter."""
+    environment = re.search(r"^TEST_ENVIRONMENT := (.*)$", MAKEFILE.read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert "CUDA_VISIBLE_DEVICES=" in environment.split()
 
 
 def test_the_tests_of_kernels_run_hastened():
