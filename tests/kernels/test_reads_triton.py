@@ -18,6 +18,7 @@ from dla_kernels.memory.slots import chunk_slots
 from dla_kernels.memory.table import slot_table
 from dla_kernels.plan import NEVER
 from dla_kernels.tuning import TUNING
+from tests.rounding import rounding_as_a_gpu
 
 PLANS = ("log_linear", "fixed", "dla", "dla packed", "dla carried", "dla carried packed", "log_linear carried")
 
@@ -258,20 +259,22 @@ def test_affinities_in_several_blocks_of_columns_tokens_and_heads_equal_pytorch(
         check_affinity("dla carried packed", 32, (1, 1), 20, {"heads": 3, "tokens": 56, "batch": 1})
 
 
-def test_affinities_of_16_bit_inputs_are_within_their_rounding():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_affinities_of_16_bit_inputs_are_within_their_rounding(dtype):
     plan, _ = make_plan("dla")
-    leaves = [x.detach().half().double().requires_grad_() for x in affinity_inputs(plan, None, (1, 2), 8)]
+    leaves = [x.detach().to(dtype).double().requires_grad_() for x in affinity_inputs(plan, None, (1, 2), 8)]
     expected = expected_affinity(leaves, plan, 16)
     live = expected > float("-inf")
     upstream = random(*expected.shape, seed=6) - 0.5
     d_expected = torch.autograd.grad(expected.masked_fill(~live, 0.0), leaves, upstream)
-    halves = [poisoned(x.detach(), torch.float16).requires_grad_() for x in leaves]
-    affinity = affinity_triton.chunk_affinity_triton(*halves, slot_table(plan, 16))
+    halves = [poisoned(x.detach(), dtype).requires_grad_() for x in leaves]
+    with rounding_as_a_gpu():
+        affinity = affinity_triton.chunk_affinity_triton(*halves, slot_table(plan, 16))
+        gradients = torch.autograd.grad(affinity, halves, upstream.float())
     assert affinity.dtype == torch.float32
     assert_rms_close("affinity", affinity.masked_fill(~live, 0.0), expected.masked_fill(~live, 0.0), RMS_HALF["o"])
-    gradients = torch.autograd.grad(affinity, halves, upstream.float())
     for name, limit, a, b in zip(("drho", "dkappa"), ("dq", "dk"), gradients, d_expected, strict=True):
-        assert a.dtype == torch.float16
+        assert a.dtype == dtype
         assert_rms_close(name, a, b, RMS_HALF[limit])
 
 
