@@ -61,7 +61,7 @@ def dla_attention(
     check_closed_slots(closed_slots)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve_backend(backend, q, k, v)
-    chunk = chunk_size or mixing_chunk_size(plan.chunk, backend, v.device)
+    chunk = chunk_size or mixing_chunk_size(plan.chunk, backend, q)
     frozen = closed_slots == "frozen"
     if backend == "triton":
         o, states = _mix_in_triton(
@@ -153,7 +153,7 @@ def slot_affinity(
         raise ValueError("the cache holds no routing keys; make it with MergeCache.empty(..., routing_dim=R)")
     sums = None if cache is None else cache.key_sums
     backend = resolve_backend(backend, rho, kappa)
-    chunk = chunk_size or mixing_chunk_size(plan.chunk, backend, rho.device)
+    chunk = chunk_size or mixing_chunk_size(plan.chunk, backend, rho)
     if backend == "triton":
         from dla_kernels.memory.affinity_triton import chunk_affinity_triton
 

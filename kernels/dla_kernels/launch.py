@@ -70,13 +70,15 @@ def default_chunk_size(device: torch.device, key_dim: int) -> int:
     return 32 if device.type == "cpu" and key_dim <= 32 else 64
 
 
-def mixing_chunk_size(plan_chunk: int, backend: str, device: torch.device) -> int:
+def mixing_chunk_size(plan_chunk: int, backend: str, operands: Tensor) -> int:
     """C of mixing where the caller names none: that of the plan, but tuning.py's in Triton on a GPU.
 
-    Mixing passes over S states a chunk, planning over one, so a longer chunk pays there first.
+    Mixing passes over S states a chunk, planning over one, so a longer chunk pays there first. Operands in float32 are
+    multiplied outside of the matrix units: a product of 128 x 128 there takes minutes to compile, so C is 64 at most.
     """
     if backend == "triton" and not interpreting():
-        return tuning("mixing_chunk", device)["C"]
+        pinned = tuning("mixing_chunk", operands.device)["C"]
+        return min(pinned, 64) if operands.dtype == torch.float32 else pinned
     return plan_chunk
 
 

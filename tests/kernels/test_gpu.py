@@ -186,7 +186,7 @@ def test_memory_of_forward_and_backward_stays_within_the_formula():
         before = torch.cuda.memory_allocated()
         run(case, weights, plan, "transition", None)
         peaks[capacity] = torch.cuda.max_memory_allocated() - before
-    chunks = 8192 // mixing_chunk_size(plan.chunk, "triton", weights.device)
+    chunks = 8192 // mixing_chunk_size(plan.chunk, "triton", case.q)
     edges = {}
     for capacity in peaks:
         edge = 8 * capacity * 128 * 64 * 4

@@ -8,6 +8,7 @@ from tolerances import RMS_FLOAT32, RMS_HALF, assert_rms_close
 import dla_kernels as dk
 from dla_kernels.backbones.operators import ChunkOperators, Transition, chunk_operators, visible_tokens
 from dla_kernels.inputs import heads_first, to_chunks
+from dla_kernels.launch import mixing_chunk_size
 from dla_kernels.memory.mixing import mix_operators
 from dla_kernels.memory.table import slot_table
 
@@ -201,6 +202,13 @@ def test_nothing_unwritten_is_read(monkeypatch, backbone, frozen):
     case = make_case(backbone, batch=1)
     plan = plan_of(case, cu_seqlens=torch.tensor([0, 7, 45]))
     assert_mixing_agrees(case, plan, 16, frozen, group=2)
+
+
+@pytest.mark.parametrize(("dtype", "chunk"), [(torch.bfloat16, 128), (torch.float16, 128), (torch.float32, 64)])
+def test_chunks_of_float32_are_short_enough_to_compile(monkeypatch, dtype, chunk):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert mixing_chunk_size(32, "triton", torch.empty(1, dtype=dtype)) == chunk  # as on sm90
+    assert mixing_chunk_size(32, "torch", torch.empty(1, dtype=dtype)) == 32
 
 
 def test_results_are_the_same_to_the_last_bit_run_to_run():

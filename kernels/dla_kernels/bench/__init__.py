@@ -5,8 +5,9 @@ too. On a CPU, `--toy --device cpu` goes through all of it in small shapes.
 
 One H200 measures everything in three calls of ten minutes, each from the repository's root with OUT an output folder:
 
-    # 1. Correctness at full size. Needs torch, triton, pytest.
-    python -m pytest -q -m gpu tests/kernels/test_gpu.py
+    # 1. Correctness at full size, in several processes, for most of the time goes into compiling. Needs torch, triton,
+    # pytest, pytest-xdist.
+    python -m pytest -q -m gpu -n 12 tests/kernels/test_gpu.py
 
     # 2. Layers, their parts, decoding. Needs torch and triton. With fla-core and einops installed fla's kernels run
     # beside ours; without them kernels.json says so and targets fall back on our own single and log_linear, as they do
