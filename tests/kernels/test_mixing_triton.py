@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_cases import BACKBONES, PACKED, POLICIES, make_case, plan_options
-from tolerances import RMS_FLOAT32, RMS_HALF, assert_rms_close
+from tolerances import RMS_FLOAT32, RMS_HALF, RMS_TWICE_ROUNDED, assert_rms_close
 
 import dla_kernels as dk
 from dla_kernels.backbones.operators import ChunkOperators, Transition, chunk_operators, visible_tokens
@@ -179,8 +179,7 @@ def test_key_and_value_blocks_beyond_one_are_mixed(backbone, frozen):
 def test_operands_of_16_bits_stay_within_their_bounds(backbone, frozen, dtype):
     case = make_case(backbone, batch=1, key_dim=16, value_dim=16, tokens=50)
     limits = {"o": RMS_HALF["o"], "ddecay": RMS_HALF["dlog_decay"], "dread_weights": RMS_HALF["dread_weights"]}
-    # What erases is summed over two products, rounded to 16 bits in between.
-    limits["derase"] = limits["drestore"] = 1e-2
+    limits["derase"] = limits["drestore"] = RMS_TWICE_ROUNDED[dtype]
     with rounding_as_a_gpu():
         assert_mixing_agrees(case, plan_of(case), 16, frozen, dtype=dtype, limits=limits)
 
