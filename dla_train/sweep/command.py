@@ -108,7 +108,15 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
     if not complete:
         print(f"stopped; go on with: dla-sweep resume {shlex.quote(str(folder))}")
         return STOPPED
-    return FAILED if any(outcome and outcome.state == "failed" for outcome in outcomes) else 0
+    failed = sum(outcome is not None and outcome.state == "failed" for outcome in outcomes)
+    if failed:
+        again = (
+            "raise sweep.budget"
+            if study
+            else f"again: dla-sweep resume {shlex.quote(str(folder))} sweep.retry_failed=true"
+        )
+        print(f"{failed} of {len(outcomes)} points failed; {again}")
+    return FAILED if failed else 0
 
 
 def submit(sweep: SweepConfig, overrides: Sequence[str]) -> int:

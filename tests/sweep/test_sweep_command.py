@@ -68,6 +68,7 @@ def test_a_killed_sweep_goes_on_with_runs_that_it_left_at_work_and_runs_each_poi
     assert run(words) == 1, "one failed"
     told = capfd.readouterr().out
     assert "single-seed_0 is still running" in told
+    assert f"1 of 3 points failed; again: dla-sweep resume {folder} sweep.retry_failed=true" in told
     points = read_points(folder)
     assert [point.name for point in points] == ["broken-seed_0", "single-seed_0", "tau_0.7-seed_0"]
     for point in points[1:]:
