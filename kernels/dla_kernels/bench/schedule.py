@@ -15,8 +15,6 @@ LENGTH_ORDER = (16384, 65536, 4096, 131072, 8192, 32768, 2048)
 """Lengths by what targets ask of them."""
 BATCH_1_FROM = 8192
 """Shortest length of the comparison at constant batch."""
-REGIMES = ("dense", "sparse")
-"""Boundaries at tau 0.6 (3 of 4 tokens), and at the tau that leaves 1 of 10."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Job:
     length: int = 0
     """T; the longest one of `batch_1`."""
     regime: str = "dense"
+    """Boundaries: `dense` at tau 0.6 (3 of 4 tokens), `sparse` at the tau that leaves 1 of 10."""
     arms: tuple[Arm, ...] = ()
 
     def __str__(self) -> str:
