@@ -97,8 +97,7 @@ def read_decay(p_cum, p_segment, p_decay, i_c, C: tl.constexpr):
     """[C] float32: what the state that entered chunk i_c (open, if there are segments) has decayed to at each token."""
     b_decay = start_decay(p_cum, i_c, C)
     if p_segment is not None:
-        m_open = tl.load(p_segment + i_c * C + tl.arange(0, C)) == 0
-        b_decay = tl.where(m_open, b_decay, tl.load(p_decay + i_c))
+        b_decay = tl.maximum(b_decay, tl.load(p_decay + i_c))
     return b_decay
 
 

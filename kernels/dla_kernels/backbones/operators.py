@@ -157,7 +157,10 @@ def _frozen(q: Tensor, k: Tensor, cum: Tensor, matrix: Tensor | None, boundary: 
     reader = torch.where(same, cum[..., :, None], at_end[..., None, :])
     attention = (q @ k.transpose(-1, -2)) * (reader - cum[..., None, :]).masked_fill(~sees, float("-inf")).exp()
     to_end = (at_end - cum).exp()[..., None] * k
-    query_open = torch.where(entered_open, cum, open_end).exp()[..., None] * q
+    entered = torch.where(entered_open, cum, open_end)
+    # Another document has no use for it; the larger one is what the kernels, which need no mask so, have there.
+    entered = torch.where(sees[..., :, 0], entered, torch.maximum(cum, open_end))
+    query_open = entered.exp()[..., None] * q
     decay = open_end[..., 0].exp()
     if matrix is None:
         return ChunkOperators(attention, q, query_open, to_end, None, Transition(decay, None, None))
