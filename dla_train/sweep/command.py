@@ -105,17 +105,14 @@ def start(sweep: SweepConfig, overrides: Sequence[str]) -> int:
     outcomes = [read_outcome(point.folder(folder)) for point in read_points(folder)]
     if any(outcomes):
         print(f"report: {write_report(read_results(folder))}")
+    resume = f"dla-sweep resume {shlex.quote(str(folder))}"
     if not complete:
-        print(f"stopped; go on with: dla-sweep resume {shlex.quote(str(folder))}")
+        print(f"stopped; go on with: {resume}")
         return STOPPED
     failed = sum(outcome is not None and outcome.state == "failed" for outcome in outcomes)
     if failed:
-        again = (
-            "raise sweep.budget"
-            if study
-            else f"again: dla-sweep resume {shlex.quote(str(folder))} sweep.retry_failed=true"
-        )
-        print(f"{failed} of {len(outcomes)} points failed; {again}")
+        mend = "raise sweep.budget" if study else f"again: {resume} sweep.retry_failed=true"
+        print(f"{failed} of {len(outcomes)} points failed; {mend}")
     return FAILED if failed else 0
 
 

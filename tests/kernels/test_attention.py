@@ -55,11 +55,12 @@ def test_chunkwise_outputs_states_and_gradients_equal_the_token_loop(backbone, p
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("closed", ["transition", "frozen"])
-def test_gradients_of_decays_equal_the_token_loop_where_tokens_do_not_decay(backbone, closed):
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_decays_equal_the_token_loop_where_tokens_do_not_decay(backbone, closed, packed):
     """Cumulative decays are then equal, so that no least or largest of them says at which token it is read."""
     case = make_case(backbone)
     case.log_decay[:, 5:] = 0
-    plan = dk.plan_memory(*case.keys, **plan_options("dla"))
+    plan = dk.plan_memory(*case.keys, **plan_options("dla"), cu_seqlens=PACKED if packed else None)
     weights = weights_for(case, plan.capacity)
     gradients = []
     for options in ({"backend": "recurrent"}, {"chunk_size": 8}):
